@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 BASE := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
-export PATH := $(CURDIR)/$(BIN):$(PATH)
+RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .PHONY: help demo test notebook docs bench lint setup clean
 
@@ -20,25 +20,25 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(BASE)  ## train a few small models and show how far each generalises
-	looped reproduce demo --scale laptop $(ARGS)
+	@$(RUN) looped reproduce demo --scale laptop $(ARGS)
 
 test: $(DEV)  ## everything that continuous integration runs
-	bash tests/run.sh $(ARGS)
+	@$(RUN) bash tests/run.sh $(ARGS)
 
 notebook: $(DEV)  ## open the notebooks in JupyterLab
-	python -m jupyterlab nbs $(ARGS)
+	@$(RUN) python -m jupyterlab nbs $(ARGS)
 
 docs: $(DEV)  ## build the website with Quarto; without Quarto, check its pages
-	@if command -v quarto > /dev/null; then nbdev_docs && python -m looped_nbs.tools.docs --readme; else \
+	@export $(RUN); if command -v quarto > /dev/null; then nbdev_docs && python -m looped_nbs.tools.docs --readme; else \
 	  echo 'Quarto is not installed (https://quarto.org), so no website: checking plain pages into _site_check.'; \
 	  python -m looped_nbs.tools.docs --out _site_check $(ARGS); fi
 
 bench: $(BASE)  ## time the tasks and the training loop on this machine
-	looped bench tasks $(ARGS)
-	looped bench train $(ARGS)
+	@$(RUN) looped bench tasks $(ARGS)
+	@$(RUN) looped bench train $(ARGS)
 
 lint: $(DEV)  ## ruff
-	python -m ruff check looped_nbs tests setup.py $(ARGS)
+	@$(RUN) python -m ruff check looped_nbs tests setup.py $(ARGS)
 
 setup: $(DEV)  ## create .venv with everything for development
 
@@ -46,6 +46,7 @@ clean:  ## remove .venv and everything built, but no runs
 	rm -rf $(VENV) _docs _proc _site_check build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 # A PyTorch >= 2.4 of the base interpreter is kept: the environment then sees the packages of that interpreter.
+# Some systems ship Python without ensurepip: then the pip of the base interpreter puts one into the environment.
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \
 	  f"looped_nbs needs Python >= 3.11, this is {v[0]}.{v[1]}; try: make PYTHON=python3.11")'
@@ -53,7 +54,8 @@ $(VENV)/.created:
 	  sys.exit(tuple(map(int, version("torch").split(".")[:2])) < (2, 4))' 2> /dev/null; then \
 	  echo 'creating $(VENV), keeping the installed PyTorch'; site=--system-site-packages; \
 	  else echo 'creating $(VENV)'; site=; fi; \
-	  $(PYTHON) -m venv $$site $(VENV)
+	  $(PYTHON) -m venv $$site $(VENV) > /dev/null || { $(PYTHON) -m venv --clear --without-pip $$site $(VENV) && \
+	  $(PYTHON) -m pip --python $(BIN)/python --disable-pip-version-check install --quiet pip; }
 	@touch $@
 
 # PyTorch comes first and by itself, so that TORCH_INDEX holds for it alone.
