@@ -33,9 +33,11 @@ def adapt(
     "Adapt a looped checkpoint of the in-context study."
     only(config, family='gpt2_loop', rm_pos_embd=False, add_inputs_embeds=False)
     params, core = {n.removeprefix('_orig_mod.'): t for n, t in params.items()}, '_backbone.transformer.'
-    if '_read_in.weight' not in params: raise FieldError('checkpoint', next(iter(params), None), 'a state dict with _read_in.weight')
+    if '_read_in.weight' not in params:
+        raise FieldError('checkpoint', next(iter(params), None), 'a state dict with _read_in.weight')
     (d_model, d_in), n_layers = params['_read_in.weight'].shape, count_layers(params, f'{core}h.')
-    moves = [Move(f'{core}wpe.weight', 'loop.body.positions.table.weight'), *layer_moves(n_layers, f'{core}h.')]
+    moves = [Move(f'{core}wpe.weight', 'loop.body.positions.table.weight')]
+    moves += layer_moves(n_layers, f'{core}h.')
     for theirs, ours in (('_read_in', 'embed'), (f'{core}ln_f', 'loop.body.norm'), ('_read_out', 'head')):
         moves += [Move(f'{theirs}.{kind}', f'{ours}.{kind}') for kind in ('weight', 'bias')]
     fields = {
@@ -43,5 +45,5 @@ def adapt(
         'd_ff': params[f'{core}h.0.mlp.c_fc.bias'].shape[0], 'max_len': params[f'{core}wpe.weight'].shape[0],
         'activation': 'gelu_tanh', **loop_fields(config),
     }
-    return Adapted('looped_transformer', (d_in, params['_read_out.bias'].shape[0], True), fields, tuple(moves),
-        take(params, moves))
+    sizes = d_in, params['_read_out.bias'].shape[0], True
+    return Adapted('looped_transformer', sizes, fields, tuple(moves), take(params, moves))
