@@ -161,7 +161,7 @@ def place(
 ) -> tuple[str, str] | None:  # a file, relative to `site.root`, and the anchor in it; None if outside
     "Find what a link means in the project."
     path, _, anchor = address.partition('#')
-    if path.startswith(site.repo): return path.removeprefix(site.repo), ''
+    if path.startswith(site.repo): return path.removeprefix(site.repo), anchor
     if path.startswith(site.web) and path != site.web:
         file, anchor = path.removeprefix(site.web), '' if anchor.startswith('_') else anchor.split('.')[0]
     elif re.match(r'[a-z]+:|//', path): return None
@@ -185,9 +185,9 @@ def write_page(
     folder = posixpath.dirname(name) or '.'
     for target in page.targets:
         if target[0] in page.pictures or not (found := place(site, page.source, target[0])): continue
-        path, anchor = posixpath.relpath(found[0], site.nbs.name), found[1]
-        target[0] = posixpath.relpath(site.pages.get(path, path), folder) + (f'#{anchor}' if anchor else '')
-        if path.startswith('../'): target[0] = site.repo + found[0]
+        path, anchor = posixpath.relpath(found[0], site.nbs.name), f'#{found[1]}' if found[1] else ''
+        target[0] = posixpath.relpath(site.pages.get(path, path), folder) + anchor
+        if path.startswith('../'): target[0] = site.repo + found[0] + anchor
         elif path not in site.pages and (site.nbs/path).is_file():
             _write(out/path, (site.nbs/path).read_bytes())
     for file, data in page.pictures.items(): _write(out/folder/file, data)
