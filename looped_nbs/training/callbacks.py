@@ -59,11 +59,13 @@ class Checkpoints(Callback):
 
     def on_start(self, trainer):
         state = self.run.load_checkpoint(trainer.model, trainer.optimiser)
-        if state: trainer.step = self.saved = state['step']
+        if state:
+            trainer.step = self.saved = state['step']
+            trainer.seconds = state['seconds']
 
     def _save(self, trainer):
         if self.saved == trainer.step: return
-        self.run.save_checkpoint(trainer.model, trainer.optimiser, {'step': trainer.step})
+        self.run.save_checkpoint(trainer.model, trainer.optimiser, {'step': trainer.step, 'seconds': round(trainer.seconds, 3)})
         self.saved = trainer.step
 
     def on_step(self, trainer):

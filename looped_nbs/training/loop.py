@@ -9,6 +9,7 @@ __all__ = ['Callback', 'Diverged', 'pick_device', 'pick_threads', 'Trainer', 'fi
 import math
 import os
 import signal
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -73,6 +74,7 @@ class Trainer:
         self.step = 0 # finished steps
         self.last: dict = {} # loss, learning rate and gradient norm of the last step
         self.outputs: list = [] # (output, micro-batch) of the last step
+        self.seconds = 0. # spent in training, over all resumptions
         self.failed = False # did a step raise? Then the weights may be damaged
 
     def batch(self,
@@ -137,9 +139,11 @@ def fit(
     callbacks = list(callbacks)
     with _graceful() as caught:
         for c in callbacks: c.on_start(trainer)
+        began = time.perf_counter() - trainer.seconds
         try:
             while trainer.step < trainer.config.steps and not caught:
                 trainer.advance()
+                trainer.seconds = time.perf_counter() - began
                 for c in callbacks: c.on_step(trainer)
         except BaseException:
             trainer.failed = True
