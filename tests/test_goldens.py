@@ -1,0 +1,385 @@
+"""Reference cases: numbers from the published code bases, which this library must reproduce.
+
+A case is `<system>/<stem>_<letter>.json`, with a `.safetensors` of the same name where it has tensors, in
+tests/goldens or in the folder that the environment variable LOOPED_NBS_GOLDENS names. A stem stands in BUILT
+or in NOT_BUILT; in neither, it fails.
+"""
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from looped_nbs.core.batch import Batch
+from looped_nbs.interop import chunked, counting, icl
+from looped_nbs.interop.adapt import build, give, take
+from looped_nbs.tasks import regular  # noqa: F401, registers the tasks
+from looped_nbs.tasks.codings import CODINGS
+from looped_nbs.tasks.counting import label_addbigram, label_addtable, label_counting
+from looped_nbs.tasks.files import to_problem
+from looped_nbs.tasks.objectives import Regression, TokenClassification
+from looped_nbs.tasks.task import TASKS
+
+HERE = Path(__file__).parent/'goldens'
+EXTRA = os.environ.get('LOOPED_NBS_GOLDENS')
+
+TOLERANCE = {torch.float32: (1e-4, 1e-5), torch.float64: (1e-9, 1e-9)}  # relative, absolute
+OTHER_TOLERANCE = {}  # stem: (relative, absolute), each with its reason; none so far
+
+
+def _stems(system, names): return [f'{system}/{name}' for name in names.split()]
+
+
+def _files(tasks, files):
+    return [f'counting/tasks/{task}/{file}' for task in tasks.split() for file in files.split()]
+
+
+# Stems that have cases but no counterpart in the library yet, by the part of the plan that builds them.
+NOT_BUILT = {
+    'part 2': [
+        *_stems('counting', '''
+            ct_ape_initsine_freeze ct_ape_rdmz ct_ape_shift ct_nope_noscale ct_nope_tied
+            ct_rope_identity_mask ct_rope_rdmz ct_rope_shift ct_sine_nullemb ct_sine_shift ct_spe
+            ct_spe_shift lstm_nullemb lstm_tied collator_none collator_randomized collator_scaler_shift
+            collator_shift collator_zooming metric_get_acc train_trace_ct train_trace_lstm train_trace_rnn
+        '''),
+        *_stems('chunked', '''
+            universal_transformer_postnorm_causal universal_transformer_postnorm_full
+            universal_transformer_prenorm_causal universal_transformer_prenorm_full padding
+            task_ibm_parallel_parity_check_n2_explicit task_ibm_parallel_parity_check_n3_implicit
+            task_ibm_parallel_parity_check_n4_explicit
+        '''),
+        *_files('''
+            counting_diffsymbol_mod10 counting_diffsymbol_mod10_padhelper counting_diffsymbol_mod11
+            counting_diffsymbol_mod13 counting_diffsymbol_mod14 counting_diffsymbol_mod15
+            counting_diffsymbol_mod16 counting_diffsymbol_mod17 counting_diffsymbol_mod18
+            counting_diffsymbol_shiftedstart counting_samesymbol_addbigram counting_samesymbol_mod10_100_200
+            counting_samesymbol_mod10_padhelper counting_samesymbol_mod10bos counting_samesymbol_mod11
+            counting_samesymbol_mod13 counting_samesymbol_mod14 counting_samesymbol_mod15
+            counting_samesymbol_mod16 counting_samesymbol_mod17 counting_samesymbol_mod18
+            counting_samesymbol_mod19 counting_samesymbol_mod20
+            counting_samesymbol_shiftedstart3__tr25_te100__ counting_samesymbol_shiftedstart3__tr25_te50__
+            counting_samesymbol_shiftedstart3__tr50_te100__ counting_selective counting_selective_10items
+            counting_selective_10items2 counting_selective_10items2bos counting_selective_modular_4items
+            debug
+        ''', 'ood_test val'),
+        *_files('''
+            counting_diffsymbol_mod10_100_200 counting_diffsymbol_mod19 counting_diffsymbol_mod20
+            counting_raspL counting_samesymbol_shiftedstart3__tr25_te200__
+            counting_samesymbol_shiftedstart3__tr50_te200__ counting_selective_10items_padhelper
+            counting_selective_10items_padhelper2 counting_selective_padhelper
+        ''', 'val'),
+        *_files('''
+            counting_diffsymbol_addbigram counting_samesymbol_plain counting_samesymbol_plain3_nobos
+        ''', 'addbigram_test ood_test val'),
+        *_files('''
+            counting_samesymbol_shiftedstart counting_samesymbol_shiftedstart2
+            counting_samesymbol_shiftedstart3
+        ''', 'addtable_test ood_test val'),
+        *_files('''
+            counting_samesymbol_plain2 counting_samesymbol_plain3
+        ''', 'addbigram_blkseq_test addbigram_nullseq_test addbigram_test ood_test val'),
+        *_files('''
+            counting_samesymbol_shiftedstart2_padhelper counting_samesymbol_shiftedstart3_padhelper
+        ''', 'addtable_padhelper_test ood_test val'),
+        *_files('addbigram_blkseq', 'addbigram_blkseq_test'),
+        *_files('addbigram_nullseq', 'addbigram_nullseq_test'),
+        *_files('addbigram_shiftedblkseq', 'addbigram_shiftedblkseq_test'),
+        *_files('''
+            counting_samesymbol_shiftedstart4
+        ''', 'addbigram_shiftedblkseq_test addbigram_shiftednullseq_test ood_test val'),
+        *_files('addbigram_shiftednullseq', 'addbigram_shiftednullseq_test'),
+        *_files('addbigram', 'addbigram_test'),
+        *_files('addbigram_upto200', 'addbigram_upto200_test'),
+        *_files('addtable_padhelper', 'addtable_padhelper_test'),
+        *_files('counting_samesymbol_padhelper', 'addtable_padhelper_test ood_test train_deduplicate val'),
+        *_files('addtable', 'addtable_test'),
+        *_files('''
+            counting_samesymbol_mod10
+        ''', 'corrupted_tokenemb ood_test ood_test_100_200 ood_test_long val'),
+        *_files('counting_samesymbol_blankhelper', 'ood_test train_deduplicate val'),
+        *_files('counting_diffsymbol', 'ood_test train_deduplicate val val_copy'),
+    ],
+    'part 3': _stems('linear_fwp', '''
+        dataset eval layer_Attentionlayer layer_FastFFlayer layer_LinearAttentionlayer layer_QuasiLSTMlayer
+        layer_RecUpdateTanhFastFFlayer layer_SRWMlayer layer_TransformerFFlayers model_00_lstm
+        model_01_trafo model_02_deltanet model_07_recdelta model_08_linear model_09_own_trafo
+        model_10_quasi_lstm model_12_srwm op_delta op_rec op_srwm op_sum task_D-2 task_D-4 task_aa-star
+        task_aastarbbstar-5 task_abab-star task_boolean-3 task_cab_n_abd task_counter-2 task_counter-3
+        task_crl-1 task_crl-2 task_crl-3 task_crl-5 task_dyck-1 task_dyck-2 task_parity task_reset_dyck
+        task_shuffle-2 task_shuffle-4 task_tomita-1 task_tomita-2 task_tomita-3 task_tomita-4 task_tomita-5
+        task_tomita-6 task_tomita-7
+    '''),
+    'part 4': _stems('timestep', '''
+        alibi dp_eval dp_gpt dp_looped dp_time icl_looped icl_time lm_gpt lm_looped lm_time s2s_base
+        s2s_looped s2s_time task_ed task_ed_cot task_knapsack task_lcs task_lis task_partial_sum
+        timestep_embedding tmlt_gpt tmlt_lt tmlt_tmlt tmlt_tmlt_bidir
+    '''),
+    'part 5': _stems('icl', '''
+        ab baselines_dtree baselines_linear baselines_relu2nn baselines_sparse cls_looped cls_transformer
+        curriculum dilated_intended dilated_upstream ego_feed ego_lastn ego_lastn_pos ego_skip lastn_add
+        lastn_mul looped_mul openml_batch probe_loop_Wols probe_loop_grad probe_unloop_Wols
+        probe_unloop_grad ssm_looped task_dtree_d2 task_dtree_d4 task_dtree_shared task_linear task_noisy
+        task_relu2nn_h100_s100 task_relu2nn_h8_s3 task_sparse train_gpt2 train_gpt2_loop transformer
+        transformer_addinputs tying
+    '''),
+    'part 6': _stems('chunked', '''
+        brt_chunk1 brt_chunk2 brt_chunk4 brt_chunk8 brt_layers2_rec1 dm_encdec_none dm_encdec_rotary
+        dm_encdec_sin_cos dm_encoder_alibi_causal dm_encoder_alibi_full dm_encoder_none_causal
+        dm_encoder_none_full dm_encoder_relative_causal dm_encoder_relative_full dm_encoder_rotary_causal
+        dm_encoder_rotary_full dm_encoder_sin_cos_causal dm_encoder_sin_cos_full dm_encoder_window3 dm_lstm
+        dm_ndstack_rnn dm_rnn dm_stack_lstm dm_stack_rnn dm_tape_rnn staircase_chunk1
+        staircase_chunk1_cache1 staircase_chunk1_cache2 staircase_chunk1_cacheall staircase_chunk1_group2
+        staircase_chunk2 staircase_chunk2_cache1 staircase_chunk2_cache2 staircase_chunk2_cacheall
+        staircase_chunk2_group2 staircase_chunk4 staircase_chunk4_cache1 staircase_chunk4_cache2
+        staircase_chunk4_cacheall staircase_chunk4_group2 staircase_chunk8 staircase_chunk8_cache1
+        staircase_chunk8_cache2 staircase_chunk8_cacheall staircase_chunk8_group2 staircase_diagonal_chunk1
+        staircase_diagonal_chunk2 staircase_diagonal_chunk2_ragged staircase_diagonal_chunk4
+        staircase_diagonal_chunk4_ragged staircase_parallel_causal staircase_parallel_full
+        staircase_postnorm staircase_short_input task_deepmind_binary_addition
+        task_deepmind_binary_multiplication task_deepmind_bucket_sort task_deepmind_compute_sqrt
+        task_deepmind_cycle_navigation task_deepmind_duplicate_string task_deepmind_even_pairs
+        task_deepmind_missing_duplicate_string task_deepmind_modular_arithmetic
+        task_deepmind_modular_arithmetic_brackets task_deepmind_modular_arithmetic_brackets_nomult
+        task_deepmind_odds_first task_deepmind_parity_check task_deepmind_reverse_string
+        task_deepmind_solve_equation task_deepmind_stack_manipulation
+    '''),
+    'part 7': _stems('counting', '''
+        mamba op_cauchy op_causal_conv1d_silu op_fftconv op_fftconv_bidirectional op_fftconv_ch2_glu
+        op_fftconv_diag op_hippo_init op_log_vandermonde op_s4_dplr_fourier op_s4_dplr_legs
+        op_s4_dplr_legt_rank2 op_s4_dplr_nssm1_ch2 op_s4block op_s4block_diag_noglu op_s4d_bilinear_inv
+        op_s4d_dss op_s4d_real op_s4d_softplus_dtuntied op_s4d_zoh_lin op_selective_scan op_wkv5 op_wkv6
+        op_wkv6state rwkv5 rwkv5_init rwkv6 rwkv6_init s4 s4_tied train_trace_s4
+    '''),
+}
+
+
+@dataclass
+class Case:
+    "One reference case; it notes which of its tensors were read."
+    name: str
+    path: Path
+    read: set = field(default_factory=set)
+
+    def __post_init__(self):
+        self.stem = re.sub(r'(\.sample)?_[a-z]$', '', self.name)
+        self.meta = json.loads(self.path.read_text(encoding='utf-8'))
+        tensors = self.path.with_suffix('.safetensors')
+        self.tensors = load_file(tensors) if tensors.exists() else {}
+
+    @property
+    def config(self): return self.meta['config']
+
+    def __getitem__(self, name):
+        self.read.add(name)
+        return self.tensors[name]
+
+    def part(self, prefix):
+        "All tensors `<prefix>.<name>`, as `<name>`."
+        return {n.removeprefix(f'{prefix}.'): self[n] for n in self.tensors if n.startswith(f'{prefix}.')}
+
+    def close(self, ours, theirs, what):
+        rtol, atol = OTHER_TOLERANCE.get(self.stem, TOLERANCE[theirs.dtype])
+        ours = ours.detach() if theirs.numel() > 1 else ours.detach().reshape(theirs.shape)  # () or (1,)
+        torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol, msg=lambda m: f'{what}: {m}')
+
+
+def _assert_moves(case, adapted, model, computed=()):
+    "Every tensor of the case has one place, every one of the model one origin; the way back restores it."
+    params = case.part('param')
+    theirs, ours = [m.theirs for m in adapted.moves], [m.ours for m in adapted.moves]
+    assert len(set(theirs)) == len(theirs) and len(set(ours)) == len(ours)
+    assert set(theirs) == set(params) - set(computed)
+    assert set(ours) == set(model.state_dict())
+    back = give(model.state_dict(), adapted.moves)
+    assert all(torch.equal(back[name], params[name]) for name in theirs)
+
+
+def _assert_training(case, adapted, model, batch, objective, loss='loss', grads='grad'):
+    "Loss and all gradients agree; returns the output."
+    output = model(batch)
+    total, count = objective.loss(output, batch)
+    case.close(total / count, case[f'out.{loss}'], f'out.{loss}')
+    (total / count).backward()
+    theirs, ours = take(case.part(grads), adapted.moves), {n: p.grad for n, p in model.named_parameters()}
+    idle = {m.ours for m in adapted.moves if m.theirs in case.meta.get('parameters_without_gradient', ())}
+    assert set(theirs) == set(ours) - idle
+    for name, gradient in theirs.items(): case.close(ours[name], gradient, f'{grads}.{name}')
+    for name in idle: assert ours[name] is None or not ours[name].any()
+    return output
+
+
+def _tokens(one_hot):
+    "The tokens of one-hot vectors; refuses anything else."
+    ids = one_hot.argmax(-1)
+    assert torch.equal(F.one_hot(ids, one_hot.shape[-1]).to(one_hot.dtype), one_hot)
+    return ids
+
+
+def check_chunked_model(case):
+    adapted = chunked.adapt(case.part('param'), case.config)
+    model = build(adapted).train()
+    _assert_moves(case, adapted, model)
+    tokens, targets = _tokens(case['in.x']), _tokens(case['in.target'])
+    every = targets.ndim == 2
+    assert every == case.config.get('return_all_outputs', False)
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    if not every:
+        mask[:, :-1] = False
+        targets = F.pad(targets[:, None], (tokens.shape[1] - 1, 0))
+    lengths = torch.full((len(tokens),), tokens.shape[1])
+    batch = Batch(tokens, targets, mask, mask, lengths)
+    output = _assert_training(case, adapted, model, batch, TokenClassification())
+    case.close(output.final if every else output.final[:, -1], case['out.logits'], 'out.logits')
+
+
+def check_ibm_task(case):
+    name = case.stem.removeprefix('chunked/task_ibm_')
+    task = TASKS[name]()
+    assert (len(task.symbols) <= case.meta['input_size'], task.d_out) == (True, case.meta['output_size'])
+    for length, facts in case.meta['lengths'].items():
+        tokens, right = case[f'in.len{length}'].numpy(), case[f'out.len{length}'].numpy()
+        problem = {'tokens': tokens, 'lengths': np.full(len(tokens), tokens.shape[1])}
+        problem['answers'] = task.prefix_answers(tokens)
+        np.testing.assert_array_equal(problem['answers'][:, -1], right)
+        np.testing.assert_array_equal(problem['answers'], task.label(problem))
+        for coding in ('last', 'tape', 'prefix'):
+            seen = TASKS[name](coding=coding).encode(problem)
+            last = seen.targets[torch.arange(len(right)), seen.lengths - 1]
+            np.testing.assert_array_equal(last, right)
+        drawn = task.draw(np.random.default_rng(0), 4, length=int(length))['tokens']
+        assert drawn.shape[1] == tokens.shape[1] == facts['input_length']
+        assert facts['output_length'] == facts['declared_output_length'] == 1
+
+
+def _counting_batch(case, ids, labels):
+    "Tokens and labels; a label of -1 is not supervised."
+    mask = labels >= 0
+    return Batch(ids, labels.clamp_min(0), mask, mask, torch.full((len(ids),), ids.shape[1]))
+
+
+def check_counting_transformer(case):
+    adapted = counting.adapt(case.part('param'), case.config)
+    model, vocab = build(adapted).eval(), case.config['vocab']
+    _assert_moves(case, adapted, model, computed=['sine.pe'])
+    batch = _counting_batch(case, case['in.input_id'], case['in.label'])
+    problem = to_problem(case.meta['examples'], vocab, vocab, '<pad>')
+    time = problem['tokens'].shape[1]
+    np.testing.assert_array_equal(batch.inputs[:, :time], problem['tokens'])
+    np.testing.assert_array_equal(case['in.label'][:, :time], problem['answers'])
+    batch.lengths = torch.from_numpy(problem['lengths'])
+    pad, helpers = vocab.index('<pad>'), [vocab.index(w) for w in ('<pad>', '<blk>') if w in vocab]
+    batch.key_mask, batch.advance = batch.inputs != pad, ~torch.isin(batch.inputs, torch.tensor(helpers))
+    assert torch.equal(batch.key_mask, case['in.attention_mask'].bool())
+    assert torch.equal(model.position_ids(batch), case['in.position_id'])
+    if 'param.sine.pe' in case.tensors:  # a table there, computed here
+        table = case['param.sine.pe']
+        places = torch.arange(len(table))[None]
+        case.close(model.positions.embed(torch.zeros_like(table)[None], places), table[None], 'sine.pe')
+    output = _assert_training(case, adapted, model, batch, TokenClassification())
+    case.close(output.final, case['out.logits'], 'out.logits')
+    counts = case.meta['metrics_max_seen_len_6']
+    right, total = TokenClassification().metrics(output, batch)['accuracy']
+    assert int(right) == counts['counting_correct'] + counts['last_correct']
+    assert int(total) == counts['counting_total'] + counts['last_total']
+
+
+def check_counting_recurrent(case):
+    adapted = counting.adapt(case.part('param'), case.config)
+    assert adapted.model == case.stem.removeprefix('counting/')
+    model = build(adapted).eval()
+    _assert_moves(case, adapted, model)
+    batch = _counting_batch(case, case['in.input_id'], case['in.label'])
+    output = _assert_training(case, adapted, model, batch, TokenClassification())
+    case.close(output.final, case['out.logits'], 'out.logits')
+
+
+def check_counting_file(case):
+    kind, examples = case.stem.split('/')[-1], case.meta['examples']
+    label = {'addbigram_test': label_addbigram, 'addtable_test': label_addtable}.get(kind, label_counting)
+    assert examples
+    for tokens, labels in examples: assert label(tokens) == labels, tokens
+    task = TASKS['counting_samesymbol']()
+    problem = to_problem(examples, task.symbols, task.answers, '<pad>', case.path)
+    batch = task.encode(problem)
+    rows = zip(batch.targets, batch.loss_mask, strict=True)
+    shown = [[task.answers[y] for y in targets[mask]] for targets, mask in rows]
+    assert shown == [labels for _, labels in examples]
+    if label is label_counting: np.testing.assert_array_equal(task.label(problem), problem['answers'])
+
+
+def check_looped_add(case):
+    params, config = case.part('param'), case.config
+    batch = CODINGS['prompt']()({'xs': case['in.xs'].numpy(), 'ys': case['in.ys'].numpy()}, ())
+
+    def predictions(output): return output.logits[:, :, ::2, 0]
+
+    for part, loss, grads in (({}, 'loss', 'grad'), ({'n_loop_start': 0}, 'loss_full', 'gradfull')):
+        adapted = icl.adapt(params, config | part)
+        model = build(adapted)
+        _assert_moves(case, adapted, model)
+        with torch.no_grad(): after = model.eval()(batch, return_loops='all')
+        case.close(predictions(after), case['out.pred_all_loops'], 'out.pred_all_loops')
+        output = _assert_training(case, adapted, model.train(), batch, Regression(), loss, grads)
+        if not part: case.close(predictions(output), case['out.pred'], 'out.pred')
+    some = config['n_loops'] - 1
+    with torch.no_grad(): fewer = model(batch, n_loops=some, return_loops='all')
+    case.close(predictions(fewer), case['out.pred_all_loops'][:some], f'{some} loops')
+
+
+BUILT = {
+    **dict.fromkeys(_stems('chunked', '''
+        transformer_prenorm_causal transformer_prenorm_full transformer_postnorm_causal
+        transformer_postnorm_full rnn_layers1 rnn_layers2
+    '''), check_chunked_model),
+    **dict.fromkeys(_stems('chunked', '''
+        task_ibm_parity_check task_ibm_even_pairs task_ibm_cycle_navigation task_ibm_modular_arithmetic
+    '''), check_ibm_task),
+    **dict.fromkeys(_stems('counting', 'ct_nope ct_ape ct_rope ct_sine'), check_counting_transformer),
+    **dict.fromkeys(_stems('counting', 'lstm rnn'), check_counting_recurrent),
+    **dict.fromkeys(_files('counting_samesymbol', '''
+        val val_copy ood_test train_deduplicate addbigram_test addtable_test
+    '''), check_counting_file),
+    'icl/looped_add': check_looped_add,
+}
+
+
+def _content(path):
+    "The bytes of a case, with those of its tensors."
+    tensors = path.with_suffix('.safetensors')
+    return path.read_bytes(), tensors.read_bytes() if tensors.exists() else b''
+
+
+def _found():
+    "Names and files of all cases; equal cases of the two folders count once, different ones twice."
+    if EXTRA and not Path(EXTRA).is_dir():
+        raise pytest.UsageError(f'LOOPED_NBS_GOLDENS = {EXTRA!r} is not a folder')
+    cases = {}
+    for folder in (HERE, Path(EXTRA)) if EXTRA else (HERE,):
+        for path in sorted(folder.rglob('*.json')):
+            if path.name == 'stats.json': continue
+            name = path.relative_to(folder).with_suffix('').as_posix()
+            if name in cases and _content(path) == _content(cases[name]): continue
+            cases[f'{name}@{folder.name}' if name in cases else name] = path
+    return cases
+
+
+FOUND = _found()
+WAITING = {stem: part for part, stems in NOT_BUILT.items() for stem in stems}
+
+
+@pytest.mark.parametrize('name', FOUND)
+def test_case(name):
+    stem = re.sub(r'(\.sample)?_[a-z]$', '', name.split('@')[0])
+    assert stem in BUILT or stem in WAITING, f'{stem} is neither built nor listed as not built'
+    assert not (stem in BUILT and stem in WAITING), f'{stem} is built and listed as not built'
+    if stem in WAITING: pytest.skip(f'not built: {WAITING[stem]}')
+    case = Case(name.split('@')[0], FOUND[name])
+    BUILT[stem](case)
+    assert set(case.tensors) == case.read, 'a tensor of the case was not compared'
