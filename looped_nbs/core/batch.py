@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
-import numpy as np
-import torch
 from torch import Tensor
 
 # %% auto #0

@@ -28,7 +28,8 @@ class FieldError(InputError):
         section: str, # the section the field belongs to, such as `model`
     ) -> 'FieldError': # the same complaint with the full name of the field
         "Name the section of a field that a constructor complained about."
-        return self if self.field.startswith(f'{section}.') else FieldError(f'{section}.{self.field}', self.value, self.allowed)
+        if self.field.startswith(f'{section}.'): return self
+        return FieldError(f'{section}.{self.field}', self.value, self.allowed)
 
 # %% ../../nbs/00_core/00_errors.ipynb #b597647e
 class DataError(InputError):

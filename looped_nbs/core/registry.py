@@ -20,7 +20,8 @@ def registrar(
     "Make the decorator that enters classes or functions in `table`."
     def register(name: str):
         def enter(thing):
-            if not (thing.__doc__ or '').strip(): raise ValueError(f'{name}: a registered entry needs a docstring')
+            if not (thing.__doc__ or '').strip():
+                raise ValueError(f'{name}: a registered entry needs a docstring')
             table[name] = thing
             return thing
         return enter
