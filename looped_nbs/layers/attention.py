@@ -65,7 +65,8 @@ class Attention(Mixer):
         if rotate: q, k = rotate(q), rotate(k)
         causal = self.causal and context is None
         mask, hint = score_mask(x.shape[1], k.shape[2], causal, mask, bias, x.device)
-        y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0., hint, scale=self.scale)
+        dropout = self.dropout if self.training else 0.
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, hint, scale=self.scale)
         return self.out(y.transpose(1, 2).flatten(2)), None
 
 # %% ../../nbs/02_layers/02_attention.ipynb #0a73298d
@@ -77,9 +78,10 @@ def score_mask(
     bias: Tensor | None, # added to scores (batch or 1, heads, time, time_k)
     device: torch.device, # where the mask is needed
 ) -> tuple[Tensor | None, bool]: # the `attn_mask` and `is_causal` of scaled_dot_product_attention
-    "Combine causality, padding and bias into what the fused kernel takes; a causal mask alone needs no tensor."
+    "Combine causality, padding and bias into what the fused kernel takes; causality alone needs no tensor."
     if key_mask is None and bias is None: return None, causal
     keep = torch.ones(time, time_k, dtype=torch.bool, device=device).tril() if causal else None
-    if key_mask is not None: keep = key_mask[:, None, None] if keep is None else keep & key_mask[:, None, None]
+    if key_mask is not None:
+        keep = key_mask[:, None, None] if keep is None else keep & key_mask[:, None, None]
     if bias is None: return keep, False
     return (bias if keep is None else bias.masked_fill(~keep, -torch.inf)), False

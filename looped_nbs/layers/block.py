@@ -16,7 +16,12 @@ from .mixer import Mixer
 from .positions import NoPositions, Placed
 
 # %% ../../nbs/02_layers/04_block.ipynb #bb9c1b05
-ACTIVATIONS = {'relu': nn.ReLU, 'gelu': nn.GELU, 'gelu_tanh': lambda: nn.GELU(approximate='tanh'), 'silu': nn.SiLU}
+ACTIVATIONS = {
+    'relu': nn.ReLU,
+    'gelu': nn.GELU,
+    'gelu_tanh': lambda: nn.GELU(approximate='tanh'),
+    'silu': nn.SiLU,
+}
 
 class FeedForward(nn.Sequential):
     "Two linear maps with an activation between them, applied to every position."

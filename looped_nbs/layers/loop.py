@@ -31,7 +31,7 @@ def last_loops(
     window: int, # loops that carry a loss
     dilation: int = 1, # distance between them
 ) -> Callable: # a schedule
-    "Read out every `dilation`-th of the last loops; earlier loops run without gradient (Yang et al., section 4)."
+    "Read out every `dilation`-th of the last loops; gradients stop before them (Yang et al., section 4)."
     at_least('loop_window', window, 1)
     at_least('loop_dilation', dilation, 1)
     def schedule(n):

@@ -53,11 +53,12 @@ def check_mixer(
     **context: object, # passed to every call: positions, mask
 ) -> None:
     "Raise an `AssertionError` unless the mixer keeps its shape, its causality and its recurrence."
-    x = torch.randn(2, time, d_model, dtype=next(mixer.parameters(), torch.zeros(0, dtype=torch.double)).dtype)
-    x.requires_grad_()
+    dtype = next(mixer.parameters(), torch.zeros(0, dtype=torch.double)).dtype
+    x = torch.randn(2, time, d_model, dtype=dtype, requires_grad=True)
     y, _ = mixer(x, **context)
     assert y.shape == x.shape, f'shape {tuple(y.shape)} instead of {tuple(x.shape)}'
-    seen = torch.stack([torch.autograd.grad(y[:, t].sum(), x, retain_graph=True)[0].abs().sum((0, 2)) for t in range(time)])
+    grads = [torch.autograd.grad(y[:, t].sum(), x, retain_graph=True)[0] for t in range(time)]
+    seen = torch.stack([g.abs().sum((0, 2)) for g in grads])
     if mixer.causal: assert not seen.triu(1).any(), 'a causal mixer reads the future'
     if mixer.recurs:
         for cuts in [list(range(time + 1))] + [[0, c, time] for c in range(1, time)]:

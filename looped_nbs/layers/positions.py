@@ -76,7 +76,8 @@ class LearnedPositions(NoPositions):
         max_len: int | None = None, # number of positions in the table
     ):
         super().__init__()
-        if max_len is None: raise FieldError('max_len', None, 'a number of positions when positions = learned')
+        if max_len is None:
+            raise FieldError('max_len', None, 'a number of positions when positions = learned')
         self.max_len = at_least('max_len', max_len, 1)
         self.table = nn.Embedding(max_len, d_model)
         nn.init.normal_(self.table.weight, std=0.02)
@@ -113,7 +114,9 @@ class RotaryPositions(NoPositions):
     ):
         super().__init__()
         d_head = d_model // n_heads
-        if d_head % 2: raise FieldError('n_heads', n_heads, f'such that the head width is even when positions = rotary (d_model = {d_model} gives {d_head})')
+        if d_head % 2:
+            allowed = 'such that the head width is even when positions = rotary'
+            raise FieldError('n_heads', n_heads, f'{allowed} (d_model = {d_model} gives {d_head})')
         frequency = 10000. ** (-torch.arange(0, d_head, 2) / d_head)
         self.register_buffer('frequency', frequency, persistent=False)
 
