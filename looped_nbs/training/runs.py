@@ -72,13 +72,18 @@ class RunFolder:
     ) -> 'RunFolder': # locked for this process
         "Start a new folder; an existing one is refused."
         run = cls(path)
-        if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+        if run.path.exists() and not run._unborn():
             raise FieldError('run.out', str(path), 'a folder that does not exist yet (continue an existing run with `looped resume`)')
         for part in ('checkpoints', 'figures'): (run.path/part).mkdir(parents=True, exist_ok=True)
         run.lock()
         write_text(run.path/'environment.json', json.dumps(environment(), indent=1))
         write_text(run.path/'config.yaml', experiment.yaml())
         return run
+
+    def _unborn(self):
+        "Is the folder empty, or one whose creation was cut off before config.yaml, its last file, was written?"
+        names = {'.lock', 'environment.json', 'environment.json.part', 'config.yaml.part', 'checkpoints', 'figures'}
+        return self.path.is_dir() and all(p.name in names for p in self.path.iterdir())
 
     @classmethod
     def open(cls,
