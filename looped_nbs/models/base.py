@@ -17,7 +17,7 @@ from ..core.config import Optim
 from ..core.errors import FieldError, one_of
 from ..core.registry import registrar
 from ..layers.attention import Attention
-from ..layers.block import Block, Stack
+from ..layers.block import Block
 from ..layers.loop import Loop
 
 # %% ../../nbs/03_models/00_base.ipynb #35b1687d
@@ -69,7 +69,8 @@ class SequenceModel(nn.Module):
         "Raise a `FieldError` if the table of positions is shorter than that."
         known = self.positions.max_len
         if known is not None and time > known:
-            raise FieldError('model.max_len', known, f'at least {time}, the longest input of this task and its evaluation')
+            allowed = f'at least {time}, the longest input of this task and its evaluation'
+            raise FieldError('model.max_len', known, allowed)
 
     def forward(self,
         batch: Batch, # the examples
@@ -77,7 +78,8 @@ class SequenceModel(nn.Module):
         return_loops: str | None = None, # last, trained (those with a loss) or all; None: by mode
     ) -> Output: # logits of the wanted loops
         "Answer a batch."
-        ids = self.position_ids(batch).to(batch.inputs.device) if batch.position_ids is None else batch.position_ids
+        ids = batch.position_ids
+        if ids is None: ids = self.position_ids(batch).to(batch.inputs.device)
         x = self.embed(batch.inputs) * self.positions.input_scale
         where = {'ids': ids, 'placed': self.positions.place(ids, x.dtype), 'mask': batch.key_mask}
         n = self.loop.n_loops if n_loops is None else n_loops
@@ -95,17 +97,19 @@ class SequenceModel(nn.Module):
     ) -> int: # number of trained values
         "Count parameters."
         outer = {id(p) for m in (self.embed, self.head, self.positions) for p in m.parameters()}
-        return sum(p.numel() for p in self.parameters() if p.requires_grad and (embeddings or id(p) not in outer))
+        return sum(p.numel() for p in self.parameters()
+                   if p.requires_grad and (embeddings or id(p) not in outer))
 
     def param_groups(self,
         optim: Optim, # the optimiser's section
     ) -> list[dict]: # groups for a torch optimiser
         "Group parameters; every one is decayed alike, as in the published code of both transformer studies."
-        return [{'params': [p for p in self.parameters() if p.requires_grad], 'weight_decay': optim.weight_decay}]
+        params = [p for p in self.parameters() if p.requires_grad]
+        return [{'params': params, 'weight_decay': optim.weight_decay}]
 
 # %% ../../nbs/03_models/00_base.ipynb #2124be7c
 def _gpt2(model):
-    "Normal with deviation 0.02, and less for maps that add to the residual stream (Radford et al., section 2.3)."
+    "Normal, deviation 0.02, less for maps that add to the residual stream (Radford et al., section 2.3)."
     modules = list((model.loop.body if model.features else model).modules())
     for m in modules:
         if isinstance(m, (nn.Linear, nn.Embedding)): nn.init.normal_(m.weight, std=0.02)
@@ -120,7 +124,7 @@ def _torch(model):
     if not model.features: nn.init.normal_(model.embed.weight, std=0.02)
 
 def _clones(model):
-    "As torch's TransformerEncoder: Xavier for queries, keys and values, and all blocks start as copies of the first."
+    "As torch's TransformerEncoder: Xavier for queries, keys and values; all blocks are copies of the first."
     _torch(model)
     blocks = [m for m in model.modules() if isinstance(m, Block)]
     for b in blocks:

@@ -7,7 +7,7 @@ __all__ = ['RecurrentModel', 'RNNModel', 'ReluRNNModel', 'LSTMModel', 'GRUModel'
 
 # %% ../../nbs/03_models/02_recurrent.ipynb #b4e33c34
 from ..core.errors import FieldError, at_least
-from ..layers import recurrent  # registers the mixers
+from ..layers import recurrent  # noqa: F401  registers the mixers
 from ..layers.block import Stack
 from ..layers.loop import Loop
 from ..layers.mixer import build_mixer
@@ -18,7 +18,11 @@ class RecurrentModel(SequenceModel):
     "A recurrent mixer between an embedding and a head."
     mixer = 'rnn' # the registered mixer; a subclass names it
 
-    def __init__(self, d_in: int, d_out: int, features: bool = False, *,
+    def __init__(self,
+        d_in: int, # size of the vocabulary, or width of the features
+        d_out: int, # number of classes, or of real values
+        features: bool = False, # are inputs features rather than tokens?
+        *,
         d_model: int = 64, # width of embedding and state
         n_layers: int = 1, # networks on top of each other
         dropout: float = 0., # between them, a probability

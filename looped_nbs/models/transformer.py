@@ -19,7 +19,11 @@ from .base import SequenceModel, initialise, register_model
 @register_model('transformer')
 class Transformer(SequenceModel):
     "Blocks of a mixer and a feed-forward layer, applied once."
-    def __init__(self, d_in: int, d_out: int, features: bool = False, *,
+    def __init__(self,
+        d_in: int, # size of the vocabulary, or width of the features
+        d_out: int, # number of classes, or of real values
+        features: bool = False, # are inputs features rather than tokens?
+        *,
         d_model: int = 64, # width, a multiple of n_heads
         n_layers: int = 2, # blocks
         n_heads: int = 4, # attention heads
@@ -34,15 +38,18 @@ class Transformer(SequenceModel):
         scale_by_depth: bool = False, # divide the attention scores of layer i by i + 1
         init: str = 'gpt2', # initial weights: gpt2, torch or clones
     ):
-        for name, value in (('d_model', d_model), ('n_layers', n_layers), ('n_heads', n_heads)): at_least(name, value, 1)
+        for name, value in (('d_model', d_model), ('n_layers', n_layers), ('n_heads', n_heads)):
+            at_least(name, value, 1)
         if d_model % n_heads: raise FieldError('d_model', d_model, f'a multiple of n_heads = {n_heads}')
         if not 0 <= dropout < 1: raise FieldError('dropout', dropout, 'a probability in [0, 1)')
         def block(i):
             scale = (n_heads / d_model) ** .5 / (i + 1) if scale_by_depth else None
             mix = build_mixer(mixer, d_model, n_heads=n_heads, causal=causal, scale=scale)
-            return Block(mix, FeedForward(d_model, d_ff or 4 * d_model, activation, dropout), d_model, norm, dropout)
+            feedforward = FeedForward(d_model, d_ff or 4 * d_model, activation, dropout)
+            return Block(mix, feedforward, d_model, norm, dropout)
         exit_norm = nn.LayerNorm(d_model) if norm == 'pre' else None
-        body = Stack(map(block, range(n_layers)), build_positions(positions, d_model, n_heads, max_len), exit_norm)
+        scheme = build_positions(positions, d_model, n_heads, max_len)
+        body = Stack(map(block, range(n_layers)), scheme, exit_norm)
         super().__init__(d_in, d_out, features, d_model, Loop(body))
         initialise(self, init)
 
@@ -57,11 +64,15 @@ class Transformer(SequenceModel):
 @register_model('looped_transformer')
 class LoopedTransformer(Transformer):
     "One body of few blocks applied many times, with the input injected in every round."
-    def __init__(self, d_in: int, d_out: int, features: bool = False, *,
+    def __init__(self,
+        d_in: int, # size of the vocabulary, or width of the features
+        d_out: int, # number of classes, or of real values
+        features: bool = False, # are inputs features rather than tokens?
+        *,
         n_layers: int = 1, # blocks in the body
         n_loops: int = 8, # applications of the body in training
         inject: str = 'add', # how the input comes back in every round: add, multiply or none
-        loop_window: int = 0, # last loops that carry a loss, gradients truncated before them; 0: the last, untruncated
+        loop_window: int = 0, # last loops with a loss, gradients truncated before; 0: the last, untruncated
         loop_dilation: int = 1, # distance between the loops of the window
         **fields: object, # fields of the transformer
     ):
