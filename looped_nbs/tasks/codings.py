@@ -53,7 +53,8 @@ def _batch(tokens, targets, mask, lengths, problem):
     as_long = lambda a: torch.from_numpy(np.ascontiguousarray(a, dtype=np.int64))
     mask, lengths, time = torch.from_numpy(mask), as_long(lengths), tokens.shape[1]
     real = None if bool((lengths == time).all()) else torch.arange(time) < lengths[:, None]
-    return Batch(as_long(tokens), as_long(targets), mask, mask, lengths, lengths, advance=real, key_mask=real, problem=problem)
+    return Batch(as_long(tokens), as_long(targets), mask, mask, lengths, lengths,
+                 advance=real, key_mask=real, problem=problem)
 
 def _at(places, time):
     "A mask (n, time) that is true at one place in each row."
@@ -95,9 +96,9 @@ class Tape(Coding):
     def __call__(self, problem, vocab):
         tokens, lengths = problem['tokens'], problem['lengths']
         ends = lengths * (1 + self.empty_steps)
-        time = int(ends.max()) + 1
-        tape = np.full((len(tokens), time), vocab.index('<empty>') if self.empty_steps else vocab.index('<answer>'))
-        tape[:, :tokens.shape[1]] = np.where(np.arange(tokens.shape[1]) < lengths[:, None], tokens, tape[:, :tokens.shape[1]])
+        width, time = tokens.shape[1], int(ends.max()) + 1
+        tape = np.full((len(tokens), time), vocab.index('<empty>' if self.empty_steps else '<answer>'))
+        tape[:, :width] = np.where(np.arange(width) < lengths[:, None], tokens, tape[:, :width])
         mask = _at(ends, time)
         tape[mask] = vocab.index('<answer>')
         return _batch(tape, mask * _final(problem), mask, ends + 1, problem)
@@ -117,4 +118,5 @@ class Prompt(Coding):
         time = 2 * xs.shape[1]
         mask = (torch.arange(time) % 2 == 0).expand(len(xs), time)
         lengths = torch.full((len(xs),), time)
-        return Batch(torch.stack([xs, values], 2).flatten(1, 2), ys.repeat_interleave(2, 1), mask, mask, lengths, problem=problem)
+        inputs, targets = torch.stack([xs, values], 2).flatten(1, 2), ys.repeat_interleave(2, 1)
+        return Batch(inputs, targets, mask, mask, lengths, problem=problem)

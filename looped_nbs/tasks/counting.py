@@ -75,10 +75,10 @@ class CountingSameSymbol(Task):
         self.symbols = self.answers = (*map(str, range(max_total + 1)), '<pad>', 'a')
         super().__init__(coding=coding, **fields)
         self.train_cells, self.val_cells = self._hold_out(held_out)
+        beyond = cells(max_count + 1, test_count, max_total)[0]
         self.splits = {'train': Split({'count': (1, max_count)}),
                        'val': self._enumerated(self.val_cells, (1, max_count), '0: held-out cells'),
-                       'test': self._enumerated(cells(max_count + 1, test_count, max_total)[0], (max_count + 1, test_count),
-                                                '0: larger counts')}
+                       'test': self._enumerated(beyond, (max_count + 1, test_count), '0: larger counts')}
         if data_dir: self._read(Path(data_dir))
 
     def length(self, value): return value + 1
@@ -88,7 +88,9 @@ class CountingSameSymbol(Task):
 def _hold_out(self: CountingSameSymbol, held_out):
     "Training cells and held-out cells, both (cells, 2)."
     pairs, _ = cells(1, self.max_count, self.max_total)
-    if not 1 <= held_out < len(pairs): raise FieldError('held_out', held_out, f'between 1 and {len(pairs) - 1}, the number of training cells less one')
+    if not 1 <= held_out < len(pairs):
+        allowed = f'between 1 and {len(pairs) - 1}, the number of training cells less one'
+        raise FieldError('held_out', held_out, allowed)
     order = numpy_stream(0, 'counting_samesymbol', 'held out').permutation(len(pairs))
     return pairs[np.sort(order[held_out:])], pairs[np.sort(order[:held_out])]
 
@@ -122,7 +124,8 @@ def _drawable(task, low, high):
 def draw(self: CountingSameSymbol, rng, n, *, count):
     "Draw problems whose count lies in a range."
     low, high = (count, count) if isinstance(count, (int, np.integer)) else count
-    if not 1 <= low <= high < self.max_total: raise FieldError('task.count', count, f'between 1 and {self.max_total - 1}')
+    if not 1 <= low <= high < self.max_total:
+        raise FieldError('task.count', count, f'between 1 and {self.max_total - 1}')
     pairs, cumulative = _drawable(self, int(low), int(high))
     return self._write(pairs[np.minimum(np.searchsorted(cumulative, rng.random(n)), len(pairs) - 1)])
 
@@ -142,5 +145,7 @@ def _read(self: CountingSameSymbol, folder):
         lines = list(read_examples(folder/file, label_counting))
         problems = to_problem(lines, self.symbols, self.answers, '<pad>', folder/file)
         counts = problems['lengths'] - 1
-        self.splits[name] = Split({'count': (int(counts.min()), int(counts.max()))}, len(lines), 'as published', problems)
-    self.val_cells = np.array([(len(tokens) - 1, int(tokens[-1])) for tokens, _ in read_examples(folder/'val.txt')])
+        window = int(counts.min()), int(counts.max())
+        self.splits[name] = Split({'count': window}, len(lines), 'as published', problems)
+    held_out = read_examples(folder/'val.txt')
+    self.val_cells = np.array([(len(tokens) - 1, int(tokens[-1])) for tokens, _ in held_out])

@@ -38,12 +38,16 @@ def write_examples(
 def _parse(path, number, line):
     "Tokens and labels of one line, or a `DataError`."
     try: example = json.loads(line)
-    except json.JSONDecodeError as e: raise DataError(path, number, f'not a JSON array ({e.msg} at column {e.colno})') from None
-    lists = isinstance(example, list) and len(example) == 2 and all(isinstance(part, list) for part in example)
+    except json.JSONDecodeError as e:
+        raise DataError(path, number, f'not a JSON array ({e.msg} at column {e.colno})') from None
+    lists = isinstance(example, list) and [type(part) for part in example] == [list, list]
     if not lists: raise DataError(path, number, 'two lists are expected: input tokens and labels')
-    if not all(isinstance(w, str) for part in example for w in part): raise DataError(path, number, 'tokens and labels must be strings')
-    if len(example[0]) != len(example[1]): raise DataError(path, number, f'{len(example[0])} tokens but {len(example[1])} labels')
-    if not example[0]: raise DataError(path, number, 'an empty example')
+    tokens, labels = example
+    if not all(isinstance(word, str) for word in tokens + labels):
+        raise DataError(path, number, 'tokens and labels must be strings')
+    if len(tokens) != len(labels):
+        raise DataError(path, number, f'{len(tokens)} tokens but {len(labels)} labels')
+    if not tokens: raise DataError(path, number, 'an empty example')
     return example
 
 def read_examples(

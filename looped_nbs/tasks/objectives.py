@@ -8,7 +8,6 @@ __all__ = ['add_tallies', 'means', 'TokenClassification', 'Regression']
 # %% ../../nbs/04_tasks/00_objectives.ipynb #2398deb0
 from collections.abc import Mapping
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -57,7 +56,8 @@ class TokenClassification:
         "Count the scored positions, and the examples, that are answered correctly by the last loop."
         right = (output.final.argmax(-1) == batch.targets) & batch.score_mask
         whole = (right == batch.score_mask).all(1)
-        return {'accuracy': (right.sum(), batch.score_mask.sum()), 'sequence_accuracy': (whole.sum(), len(batch))}
+        return {'accuracy': (right.sum(), batch.score_mask.sum()),
+                'sequence_accuracy': (whole.sum(), len(batch))}
 
     def chance(self,
         targets: Tensor, # scored targets (positions,)

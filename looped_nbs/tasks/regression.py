@@ -27,10 +27,12 @@ class LinearRegression(Task):
         ordered(n_dims=n_dims)
         ordered(n_points=n_points)
         self.d_in, self.d_out = n_dims, 1
+        at_least('test_points', test_points, n_points + 1)
         window = {'points': n_points, 'dims': n_dims}
-        tested = {'points': (n_points + 1, at_least('test_points', test_points, n_points + 1)), 'dims': n_dims}
+        tested = {'points': (n_points + 1, test_points), 'dims': n_dims}
         fresh = '0: every prompt draws a new function'
-        self.splits = {'train': Split(window), 'val': Split(window, overlap=fresh), 'test': Split(tested, overlap=fresh)}
+        self.splits = {'train': Split(window), 'val': Split(window, overlap=fresh),
+                       'test': Split(tested, overlap=fresh)}
 
     def draw(self, rng, n, *, points, dims):
         points, dims = range_of(rng, points), range_of(rng, dims)
@@ -38,4 +40,6 @@ class LinearRegression(Task):
         xs, w = rng.standard_normal((n, points, self.d_in)) * live, rng.standard_normal((n, self.d_in)) * live
         return {'xs': xs, 'w': w, 'ys': (xs @ w[..., None])[..., 0]}
 
-    def label(self, problem): return np.array([[np.dot(w, x) for x in xs] for xs, w in zip(problem['xs'], problem['w'], strict=True)])
+    def label(self, problem):
+        pairs = zip(problem['xs'], problem['w'], strict=True)
+        return np.array([[np.dot(w, x) for x in xs] for xs, w in pairs])

@@ -24,13 +24,15 @@ class RegularTask(Task):
         ordered(min_length=min_length, max_length=max_length)
         at_least('test_length', test_length, max_length + 1)
         shared = 'short strings recur: drawn from the same window by another stream'
+        longer = '0: longer than any training string'
         self.splits = {'train': Split({'length': (min_length, max_length)}),
                        'val': Split({'length': (min_length, max_length)}, overlap=shared),
-                       'test': Split({'length': (max_length + 1, test_length)}, overlap='0: longer than any training string')}
+                       'test': Split({'length': (max_length + 1, test_length)}, overlap=longer)}
 
     def draw(self, rng, n, *, length):
         tokens = self.strings(rng, n, range_of(rng, length))
-        return {'tokens': tokens, 'lengths': np.full(n, tokens.shape[1]), 'answers': self.prefix_answers(tokens)}
+        lengths = np.full(n, tokens.shape[1])
+        return {'tokens': tokens, 'lengths': lengths, 'answers': self.prefix_answers(tokens)}
 
     def label(self, problem):
         strings = [[self.symbols[t] for t in row] for row in problem['tokens']]
@@ -82,7 +84,8 @@ class CycleNavigation(RegularTask):
     "Where on a circle of five places do steps of -1, 0 and +1 lead?"
     symbols, answers = ('-', '0', '+'), ('0', '1', '2', '3', '4')
 
-    def prefix_answers(self, tokens): return (tokens.cumsum(1, dtype=np.int32) - np.arange(1, tokens.shape[1] + 1)) % 5
+    def prefix_answers(self, tokens):
+        return (tokens.cumsum(1, dtype=np.int32) - np.arange(1, tokens.shape[1] + 1)) % 5
 
     def answer(self, string): return (string.count('+') - string.count('-')) % 5
 

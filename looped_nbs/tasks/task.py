@@ -25,7 +25,7 @@ class Split:
     difficulty: dict # arguments of the family's `draw`; a pair is a range, ends included
     size: int = 10_000 # examples in one pass
     overlap: str = '' # what is shared with the training split, in words
-    problems: dict | None = field(default=None, repr=False) # the problems themselves, where they are enumerated or read from a file
+    problems: dict | None = field(default=None, repr=False) # problems, where enumerated or read from a file
 
 # %% ../../nbs/04_tasks/02_task.ipynb #51f2b3ca
 TASKS = {}
@@ -33,7 +33,8 @@ register_task = registrar(TASKS)
 
 class Task:
     "A problem family seen through a coding; the contract of every task."
-    level = 'regular' # finite, regular, counter, context-free, context-sensitive, algorithmic, regression, language
+    # finite, regular, counter, context-free, context-sensitive, algorithmic, regression or language
+    level = 'regular'
     axis = 'length' # the difficulty that grows beyond training
     symbols: tuple[str, ...] = () # what a problem is written in
     answers: tuple[str, ...] = () # what can be answered
@@ -164,7 +165,8 @@ def show(self: Task,
 ) -> str: # tokens, and under each the target that stands there
     "Write one example as two lines of words."
     tokens, n = [self.in_vocab[t] for t in batch.inputs[row]], int(batch.lengths[row])
-    wanted = [self.out_vocab[y] if m else '.' for y, m in zip(batch.targets[row], batch.loss_mask[row], strict=True)]
+    asked = zip(batch.targets[row], batch.loss_mask[row], strict=True)
+    wanted = [self.out_vocab[y] if m else '.' for y, m in asked]
     widths = [max(len(a), len(b)) for a, b in zip(tokens, wanted, strict=True)]
     line = lambda words: ' '.join(w.rjust(k) for w, k in list(zip(words, widths, strict=True))[:n])
     return f'in  {line(tokens)}\nout {line(wanted)}'
@@ -177,11 +179,14 @@ def check_task(
     "Raise an `AssertionError` unless fast answers equal the definition and batches are reproducible."
     for split, part in task.splits.items():
         problem = task.draw(numpy_stream(0, 'check', split), n, **part.difficulty)
-        np.testing.assert_allclose(problem['answers' if 'answers' in problem else 'ys'], task.label(problem), rtol=1e-6)
+        answers = problem['answers' if 'answers' in problem else 'ys']
+        np.testing.assert_allclose(answers, task.label(problem), rtol=1e-6)
         one, two = (task.sample(split, 1, 5, 8) for _ in range(2))
-        assert (one.inputs == two.inputs).all() and (one.targets == two.targets).all(), f'{split}: a batch changed'
+        same = (one.inputs == two.inputs).all() and (one.targets == two.targets).all()
+        assert same, f'{split}: a batch changed'
         assert one.inputs.shape[1] <= task.max_time(), f'{split}: longer than max_time'
-        if not task.features: assert one.targets[one.loss_mask].max() < task.d_out, f'{split}: an unknown answer'
+        known = task.features or one.targets[one.loss_mask].max() < task.d_out
+        assert known, f'{split}: an unknown answer'
 
 # %% ../../nbs/04_tasks/02_task.ipynb #47138be1
 def ordered(
@@ -191,5 +196,7 @@ def ordered(
     previous = None
     for name, value in bounds.items():
         if value < 1: raise FieldError(name, value, 'a whole number of at least 1')
-        if previous and value < bounds[previous]: raise FieldError(name, value, f'at least {previous} = {bounds[previous]}, or the split is empty')
+        if previous and value < bounds[previous]:
+            allowed = f'at least {previous} = {bounds[previous]}, or the split is empty'
+            raise FieldError(name, value, allowed)
         previous = name
