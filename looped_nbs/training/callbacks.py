@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from ..core.errors import FieldError
 from ..tasks.objectives import add_tallies, means
-from .loop import Callback, Trainer
+from .loop import Callback
 from .runs import RunFolder
 
 # %% ../../nbs/05_training/04_callbacks.ipynb #ae3193df
@@ -23,11 +23,13 @@ class Progress(Callback):
     ): self.title = title
 
     def on_start(self, trainer):
-        self.bar = tqdm(total=trainer.config.steps, initial=trainer.step, desc=self.title, unit='step', mininterval=.5)
+        self.bar = tqdm(total=trainer.config.steps, initial=trainer.step, desc=self.title, unit='step',
+                        mininterval=.5)
 
     def on_step(self, trainer):
         self.bar.update()
-        if trainer.step % trainer.config.log_every == 0: self.bar.set_postfix(loss=f'{trainer.last["loss"]:.4f}', refresh=False)
+        if trainer.step % trainer.config.log_every == 0:
+            self.bar.set_postfix(loss=f'{trainer.last["loss"]:.4f}', refresh=False)
 
     def on_stop(self, trainer): self.bar.close()
 
@@ -65,7 +67,8 @@ class Checkpoints(Callback):
 
     def _save(self, trainer):
         if self.saved == trainer.step: return
-        self.run.save_checkpoint(trainer.model, trainer.optimiser, {'step': trainer.step, 'seconds': round(trainer.seconds, 3)})
+        state = {'step': trainer.step, 'seconds': round(trainer.seconds, 3)}
+        self.run.save_checkpoint(trainer.model, trainer.optimiser, state)
         self.saved = trainer.step
 
     def on_step(self, trainer):
@@ -82,11 +85,14 @@ class WandbLog(Callback):
         config: dict, # the experiment, as nested dictionaries
     ):
         try: import wandb
-        except ImportError: raise FieldError('run.track', 'wandb', "none, or install it: pip install 'looped_nbs[track]'") from None
+        except ImportError:
+            allowed = "none, or install it: pip install 'looped_nbs[track]'"
+            raise FieldError('run.track', 'wandb', allowed) from None
         self.wandb, self.run, self.config = wandb, run, config
 
     def on_start(self, trainer):
-        self.client = self.wandb.init(project='looped_nbs', name=self.run.path.name, dir=str(self.run.path), config=self.config)
+        self.client = self.wandb.init(project='looped_nbs', name=self.run.path.name,
+                                      dir=str(self.run.path), config=self.config)
 
     def on_step(self, trainer):
         if trainer.step % trainer.config.log_every and trainer.step != trainer.config.steps: return

@@ -30,9 +30,11 @@ class Ramp:
         except ValueError: numbers = []
         section, _, rest = parts[0].partition('.')
         if len(numbers) != 4 or section not in ('task', 'model') or not rest:
-            raise FieldError('train.ramps', text, 'FIELD:START:END:ADD:STEPS with a field of task or model, such as task.max_length:5:40:1:100')
+            raise FieldError('train.ramps', text, 'FIELD:START:END:ADD:STEPS with a field of task or model, '
+                             'such as task.max_length:5:40:1:100')
         if numbers[3] < 1: raise FieldError('train.ramps', text, 'a ramp that grows every 1 or more steps')
-        if numbers[2] * (numbers[1] - numbers[0]) < 0: raise FieldError('train.ramps', text, 'a ramp that grows towards its end')
+        if numbers[2] * (numbers[1] - numbers[0]) < 0:
+            raise FieldError('train.ramps', text, 'a ramp that grows towards its end')
         return cls(parts[0], *numbers)
 
     def __call__(self,

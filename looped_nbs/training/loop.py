@@ -46,7 +46,8 @@ def pick_device(
     "Turn `run.device` into a device that exists here."
     if name == 'auto': name = 'cuda' if torch.cuda.is_available() else 'cpu'
     try: torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError): raise FieldError('run.device', name, 'auto, cpu, or a device this machine has') from None
+    except (RuntimeError, AssertionError):
+        raise FieldError('run.device', name, 'auto, cpu, or a device this machine has') from None
     return torch.device(name)
 
 def pick_threads(
@@ -56,7 +57,8 @@ def pick_threads(
     "Choose the number of CPU threads: small models lose time with more than one."
     if wanted: return wanted
     parameters = sum(p.numel() for p in model.parameters())
-    return 1 if parameters < 1_000_000 else len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    if parameters < 1_000_000: return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 # %% ../../nbs/05_training/03_loop.ipynb #ce7819b2
 class Trainer:
@@ -111,7 +113,8 @@ class Trainer:
         loss = float(self.compute())
         norm = nn.utils.clip_grad_norm_(params, optim.clip_norm or math.inf)
         if not math.isfinite(loss) or not norm.isfinite():
-            raise Diverged(f'step {self.step}: loss {loss}, gradient norm {float(norm)}; the last checkpoint is kept')
+            found = f'loss {loss}, gradient norm {float(norm)}'
+            raise Diverged(f'step {self.step}: {found}; the last checkpoint is kept')
         rate = learning_rate(optim, self.step, self.config.steps)
         set_rate(self.optimiser, rate)
         self.optimiser.step()

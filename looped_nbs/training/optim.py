@@ -33,7 +33,8 @@ def build_optimiser(
     "Build the optimiser over the model's own parameter groups."
     cls = {'adam': torch.optim.Adam, 'adamw': torch.optim.AdamW}[optim.name]
     fused = any(p.is_cuda for p in model.parameters())
-    return cls(model.param_groups(optim), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=fused)
+    return cls(model.param_groups(optim), lr=optim.lr, betas=optim.betas, eps=optim.eps,
+               weight_decay=optim.weight_decay, fused=fused)
 
 def set_rate(
     optimiser: torch.optim.Optimizer, # changed in place

@@ -48,15 +48,16 @@ def write_text(
 # %% ../../nbs/05_training/02_runs.ipynb #d5154415
 def _git_commit():
     "The commit of the working directory, or an empty string."
-    try: return subprocess.run(['git', 'rev-parse', 'HEAD'], capture_output=True, text=True, timeout=5).stdout.strip()
+    ask = ['git', 'rev-parse', 'HEAD']
+    try: return subprocess.run(ask, capture_output=True, text=True, timeout=5).stdout.strip()
     except (OSError, subprocess.SubprocessError): return ''
 
 def environment() -> dict: # plain values, for environment.json
     "Describe versions and hardware."
     cuda = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-    return {'looped_nbs': __version__, 'python': sys.version.split()[0], 'torch': torch.__version__, 'commit': _git_commit(),
-            'machine': platform.machine(), 'system': platform.system(), 'cpus': os.cpu_count(), 'gpu': cuda,
-            'threads': torch.get_num_threads()}
+    return {'looped_nbs': __version__, 'python': sys.version.split()[0], 'torch': torch.__version__,
+            'commit': _git_commit(), 'machine': platform.machine(), 'system': platform.system(),
+            'cpus': os.cpu_count(), 'gpu': cuda, 'threads': torch.get_num_threads()}
 
 # %% ../../nbs/05_training/02_runs.ipynb #0e9b2096
 class RunFolder:
@@ -73,7 +74,8 @@ class RunFolder:
         "Start a new folder; an existing one is refused."
         run = cls(path)
         if run.path.exists() and not run._unborn():
-            raise FieldError('run.out', str(path), 'a folder that does not exist yet (continue an existing run with `looped resume`)')
+            allowed = 'a folder that does not exist yet (continue an existing run with `looped resume`)'
+            raise FieldError('run.out', str(path), allowed)
         for part in ('checkpoints', 'figures'): (run.path/part).mkdir(parents=True, exist_ok=True)
         run.lock()
         write_text(run.path/'environment.json', json.dumps(environment(), indent=1))
@@ -81,8 +83,9 @@ class RunFolder:
         return run
 
     def _unborn(self):
-        "Is the folder empty, or one whose creation was cut off before config.yaml, its last file, was written?"
-        names = {'.lock', 'environment.json', 'environment.json.part', 'config.yaml.part', 'checkpoints', 'figures'}
+        "Is the folder empty, or was its creation cut off before config.yaml, its last file, was written?"
+        names = {'.lock', 'environment.json', 'environment.json.part', 'config.yaml.part', 'checkpoints',
+                 'figures'}
         return self.path.is_dir() and all(p.name in names for p in self.path.iterdir())
 
     @classmethod
@@ -91,7 +94,8 @@ class RunFolder:
     ) -> 'RunFolder': # not locked
         "Open an existing folder."
         run = cls(path)
-        if not (run.path/'config.yaml').is_file(): raise FieldError('run', str(path), 'a folder made by `looped train` (config.yaml is missing)')
+        if not (run.path/'config.yaml').is_file():
+            raise FieldError('run', str(path), 'a folder made by `looped train` (config.yaml is missing)')
         return run
 
     def lock(self) -> None:
@@ -119,7 +123,8 @@ def optimiser_tensors(
 ) -> dict[str, torch.Tensor]: # parameter name / moment name to tensor
     "Name the state of an optimiser by the parameters it belongs to."
     names = {p: n for n, p in model.named_parameters()}
-    return {f'{names[p]}/{k}': torch.as_tensor(v) for p, state in optimiser.state.items() for k, v in state.items()}
+    return {f'{names[p]}/{k}': torch.as_tensor(v)
+            for p, state in optimiser.state.items() for k, v in state.items()}
 
 def restore_optimiser(
     model: nn.Module, # its parameters give the names
@@ -185,7 +190,8 @@ def load_checkpoint(self: RunFolder,
         model.load_state_dict(load_file(folder/'model.safetensors'))
         if optimiser is not None: restore_optimiser(model, optimiser, load_file(folder/'optim.safetensors'))
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
-        raise InputError(f'{folder}: not a checkpoint of this model ({str(e).strip().splitlines()[0]})') from None
+        reason = str(e).strip().splitlines()[0]
+        raise InputError(f'{folder}: not a checkpoint of this model ({reason})') from None
     return state
 
 # %% ../../nbs/05_training/02_runs.ipynb #fcf14bc2
