@@ -129,7 +129,7 @@ def optimiser_tensors(
 def restore_optimiser(
     model: nn.Module, # its parameters give the names
     optimiser: torch.optim.Optimizer, # changed in place
-    tensors: dict[str, torch.Tensor], # as returned by `optimiser_tensors`
+    tensors: dict[str, torch.Tensor], # what optimiser_tensors returned
 ) -> None:
     "Put stored moments back."
     params = dict(model.named_parameters())
