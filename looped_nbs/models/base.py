@@ -33,7 +33,7 @@ class SequenceModel(nn.Module):
         d_out: int, # number of classes, or of real values
         features: bool, # are inputs features rather than tokens?
         d_model: int, # width
-        loop: Loop, # loop around the body, a `Stack`
+        loop: Loop, # loop around the body, a Stack
         head_bias: bool | None = None, # bias of the head; None: for features only
     ):
         super().__init__()

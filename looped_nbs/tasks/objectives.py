@@ -83,7 +83,7 @@ class Regression:
         batch: Batch, # targets (batch, time)
     ) -> dict[str, tuple[Tensor, int]]: # the squared error
         "Sum the squared error of the last loop over the scored positions."
-        errors = (output.final[..., 0] - batch.targets)[batch.score_mask]
+        errors = (output.final[..., 0] - batch.targets)[batch.score_mask].detach()
         return {'squared_error': (errors.square().sum(), errors.numel())}
 
     def chance(self,
