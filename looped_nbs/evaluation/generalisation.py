@@ -49,7 +49,7 @@ def generalisation(
     progress: bool = False, # show a progress bar
     **controls: object, # controls of the model, such as n_loops
 ) -> list[dict]: # one row per value: axis, beyond, metrics, chance, examples
-    "Measure a model at every value of the task's axis, from the smallest in training to the largest in the test."
+    "Measure a model at every value of the task's axis, from the smallest in training to the largest tested."
     model.eval()
     (low, trained), (_, high) = task.axis_range('train'), task.axis_range('test')
     reached, rows = task.encoder.time(task.length(trained)), []
@@ -63,13 +63,13 @@ def generalisation(
     for value in tqdm(values, desc='evaluate', unit=task.axis, disable=not progress, mininterval=.5):
         tallies, targets = _measure(model, batches(value), task.objective, controls)
         if not len(targets): continue
-        rows.append({task.axis: value, 'beyond': value > trained, **means(tallies), 'chance': task.objective.chance(targets),
-                     'examples': evaluate.examples})
+        rows.append({task.axis: value, 'beyond': value > trained, **means(tallies),
+                     'chance': task.objective.chance(targets), 'examples': evaluate.examples})
     return rows
 
 # %% ../../nbs/06_evaluation/00_generalisation.ipynb #4d59bcbd
 def summarise(
-    rows: list[dict], # from `generalisation`
+    rows: list[dict], # what generalisation returns
     score: str, # the headline metric
 ) -> dict[str, float]: # means inside and beyond the training range, and chance there
     "Average the rows inside and beyond the training range, every value with the same weight."
@@ -90,15 +90,17 @@ def table(
     cells = [list(rows[0])] + [[text(v) for v in row.values()] for row in rows]
     widths = [max(len(c[i]) for c in cells) for i in range(len(cells[0]))]
     numeric = [isinstance(v, (int, float)) for v in rows[0].values()]
-    align = lambda c: '| ' + ' | '.join(t.rjust(w) if n else t.ljust(w) for t, w, n in zip(c, widths, numeric, strict=True)) + ' |'
-    rule = '|' + '|'.join('-' * (w + 1) + (':' if n else '-') for w, n in zip(widths, numeric, strict=True)) + '|'
-    return '\n'.join([align(cells[0]), rule, *map(align, cells[1:])])
+    def align(words):
+        columns = zip(words, widths, numeric, strict=True)
+        return f"| {' | '.join(t.rjust(w) if n else t.ljust(w) for t, w, n in columns)} |"
+    rule = ['-' * (w + 1) + (':' if n else '-') for w, n in zip(widths, numeric, strict=True)]
+    return '\n'.join([align(cells[0]), f"|{'|'.join(rule)}|", *map(align, cells[1:])])
 
 # %% ../../nbs/06_evaluation/00_generalisation.ipynb #2e5d5918
-COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')  # safe for colour-blind readers
+COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')  # colour-blind safe
 
 def plot_curves(
-    curves: dict[str, list[dict]], # label to rows of `generalisation`
+    curves: dict[str, list[dict]], # label to what generalisation returns
     axis: str, # the task's axis
     score: str = 'accuracy', # the metric to draw
     title: str = '', # what the figure shows
@@ -109,10 +111,13 @@ def plot_curves(
     for (label, rows), colour in zip(curves.items(), COLOURS * len(curves), strict=False):
         ax.plot([r[axis] for r in rows], [r[score] for r in rows], color=colour, label=label, lw=1.6)
     rows = next(iter(curves.values()))
-    ax.plot([r[axis] for r in rows], [r['chance'] for r in rows], color='grey', ls=':', lw=1, label='best constant answer')
+    chance = [r['chance'] for r in rows]
+    ax.plot([r[axis] for r in rows], chance, color='grey', ls=':', lw=1, label='best constant answer')
     ends = {max(r[axis] for r in c if not r['beyond']) for c in curves.values()}
     for end in ends: ax.axvline(end + .5, color='grey', lw=.8, ls='--')
-    ax.set(xlabel=f'{axis} (training ends at {", ".join(map(str, sorted(ends)))})', ylabel=score.replace('_', ' '), title=title)
+    xlabel = f'{axis} (training ends at {", ".join(map(str, sorted(ends)))})'
+    ax.set(xlabel=xlabel, ylabel=score.replace('_', ' '), title=title)
+    ax.locator_params(axis='x', integer=True)
     if score.endswith('accuracy'): ax.set_ylim(-.02, 1.03)
     ax.legend(fontsize=7)
     return ax.figure

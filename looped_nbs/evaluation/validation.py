@@ -34,11 +34,11 @@ class Validate(Callback):
     ) -> dict[str, float]: # val_loss and val_ metrics
         "Average loss and metrics over the first examples of the validation stream."
         trainer.model.eval()
-        tallies, size = {}, self.evaluate.batch_size
+        objective, tallies, size = trainer.objective, {}, self.evaluate.batch_size
         for start in range(0, self.evaluate.examples, size):
             batch = trainer.batch('val', start, min(size, self.evaluate.examples - start))
             output = trainer.model(batch)
-            add_tallies(tallies, {'loss': trainer.objective.loss(output, batch)} | trainer.objective.metrics(output, batch))
+            add_tallies(tallies, {'loss': objective.loss(output, batch)} | objective.metrics(output, batch))
         return {f'val_{k}': v for k, v in means(tallies).items()}
 
     def on_step(self, trainer):
@@ -47,4 +47,5 @@ class Validate(Callback):
         self.run.log(trainer.step, found)
         if found['val_loss'] < self.best:
             self.best = found['val_loss']
-            self.run.save_checkpoint(trainer.model, trainer.optimiser, {'step': trainer.step, **found}, name='best')
+            state = {'step': trainer.step, **found}
+            self.run.save_checkpoint(trainer.model, trainer.optimiser, state, name='best')
