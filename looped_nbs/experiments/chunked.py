@@ -10,7 +10,8 @@ from ..core.config import register_preset
 
 # %% ../../nbs/08_experiments/02_chunked.ipynb #8dc137e4
 TASKS = ('parity_check', 'even_pairs', 'cycle_navigation', 'modular_arithmetic')
-_TRANSFORMER = {'name': 'transformer', 'd_model': 64, 'n_layers': 5, 'n_heads': 8, 'dropout': 0.1, 'init': 'clones'}
+_TRANSFORMER = {'name': 'transformer', 'd_model': 64, 'n_layers': 5, 'n_heads': 8, 'dropout': 0.1,
+                'init': 'clones'}
 _MODELS = {
     'transformer': _TRANSFORMER,
     'looped_transformer': _TRANSFORMER | {'name': 'looped_transformer', 'n_layers': 1, 'n_loops': 5},
@@ -24,9 +25,12 @@ def _register():
     for task in TASKS:
         for name, model in (('', _TRANSFORMER), *((f'/{n}', m) for n, m in _MODELS.items())):
             attends = 'transformer' in model['name']
-            register_preset(f'chunked/{task}{name}', f'{task.replace("_", " ")}, strings of 1 to 40; {name.strip("/") or "transformer"}',
-                            task={'name': task, 'coding': 'tape' if attends else 'last', 'test_length': 500}, model=model,
+            described = f'{task.replace("_", " ")}, strings of 1 to 40; {name.strip("/") or "transformer"}'
+            coding = 'tape' if attends else 'last'
+            register_preset(f'chunked/{task}{name}', described,
+                            task={'name': task, 'coding': coding, 'test_length': 500}, model=model,
                             optim={'lr': 1e-4 if attends else 1e-3, 'weight_decay': 0.01},
-                            train={'steps': 20_000, 'batch_size': 128}, evaluate={'examples': 512, 'every': 10})
+                            train={'steps': 20_000, 'batch_size': 128},
+                            evaluate={'examples': 512, 'every': 10})
 
 _register()

@@ -28,7 +28,8 @@ def _optim(model):
 def _register():
     "Enter the presets of the study."
     for name, model in (('', _TRANSFORMER), *((f'/{n}', m) for n, m in _MODELS.items())):
-        register_preset(f'counting/samesymbol{name}', f'count letters a, then add a number; {name.strip("/") or "transformer"}',
+        described = f'count letters a, then add a number; {name.strip("/") or "transformer"}'
+        register_preset(f'counting/samesymbol{name}', described,
                         task={'name': 'counting_samesymbol'}, model=model, optim=_optim(model),
                         train={'steps': 5000, 'batch_size': 32}, evaluate={'every': 5})
 

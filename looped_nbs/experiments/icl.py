@@ -12,14 +12,17 @@ from ..core.config import register_preset
 _BODY = {'d_model': 64, 'n_heads': 8, 'positions': 'learned', 'max_len': 203, 'activation': 'gelu_tanh'}
 _MODELS = {
     'transformer': _BODY | {'name': 'transformer', 'n_layers': 12},
-    'looped_transformer': _BODY | {'name': 'looped_transformer', 'n_layers': 1, 'n_loops': 20, 'loop_window': 15},
+    'looped_transformer': _BODY | {'name': 'looped_transformer', 'n_layers': 1, 'n_loops': 20,
+                                   'loop_window': 15},
 }
 
 def _register():
     "Enter the presets of the study."
     for name, model in (('', _MODELS['looped_transformer']), *((f'/{n}', m) for n, m in _MODELS.items())):
-        register_preset(f'icl/linear_regression{name}', f'linear functions in context; {name.strip("/") or "looped_transformer"}',
-                        task={'name': 'linear_regression'}, model=model, optim={'name': 'adam', 'lr': 1e-4, 'clip_norm': 0.},
+        described = f'linear functions in context; {name.strip("/") or "looped_transformer"}'
+        register_preset(f'icl/linear_regression{name}', described,
+                        task={'name': 'linear_regression'}, model=model,
+                        optim={'name': 'adam', 'lr': 1e-4, 'clip_norm': 0.},
                         train={'steps': 20_000, 'batch_size': 64})
 
 _register()

@@ -8,7 +8,8 @@ __all__ = ['preset', 'configure', 'build', 'Run', 'measure', 'label', 'save', 't
 # %% ../../nbs/08_experiments/05_run.ipynb #eb51f8f1
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -71,14 +72,15 @@ def build(
     exp = experiment
     task = _inside('task', lambda: lookup(TASKS, 'task', exp.task.name)(**exp.task.kwargs))
     with torch_stream(exp.seed, 'init'):
-        model = _inside('model', lambda: lookup(MODELS, 'model', exp.model.name).from_task(task, **exp.model.kwargs))
+        cls = lookup(MODELS, 'model', exp.model.name)
+        model = _inside('model', lambda: cls.from_task(task, **exp.model.kwargs))
     model.check_time(task.max_time())
     curriculum = Curriculum(exp.train.ramps)
     for step in (0, exp.train.steps - 1):
         controls = curriculum(step)
         for name in controls['model']: one_of('train.ramps', f'model.{name}', ['model.n_loops'])
-        batch = _inside('train.ramps', lambda c=controls: task.sample('train', exp.seed, step, 1, **c['task']))
-        model.position_ids(batch)
+        draw = partial(task.sample, 'train', exp.seed, step, 1, **controls['task'])
+        model.position_ids(_inside('train.ramps', draw))
     return task, model
 
 # %% ../../nbs/08_experiments/05_run.ipynb #0782516b
@@ -95,13 +97,14 @@ class Run:
         "Open a finished run."
         folder = RunFolder.open(path)
         file = folder.path/'summary.json'
-        if not file.is_file(): raise FieldError('run', str(path), 'a finished run (finish it with `looped resume`)')
+        if not file.is_file():
+            raise FieldError('run', str(path), 'a finished run (finish it with `looped resume`)')
         return cls(folder.path, json.loads(file.read_text()))
 
     def row(self) -> dict: # name to number
         "One line of a table of runs."
-        s = self.summary
-        return {k: s[k] for k in ('task', 'model', 'inside', 'beyond', 'beyond_chance', 'parameters')} | {'seconds': round(s['seconds'])}
+        shown = ('task', 'model', 'inside', 'beyond', 'beyond_chance', 'parameters')
+        return {k: self.summary[k] for k in shown} | {'seconds': round(self.summary['seconds'])}
 
     def table(self) -> str: # Markdown
         "Accuracy inside and beyond the training range, chance, parameters and seconds."
@@ -109,7 +112,8 @@ class Run:
 
     def plot(self) -> Figure: # the figure of the run folder
         "The score over the axis of the task."
-        return plot_curves({self.summary['model']: self.summary['rows']}, self.summary['axis'], self.summary['score'], self.title())
+        s = self.summary
+        return plot_curves({s['model']: s['rows']}, s['axis'], s['score'], self.title())
 
     def title(self) -> str: # what the figure shows
         "Task and both headline numbers in words."
@@ -129,8 +133,9 @@ def measure(
     device = next(model.parameters()).device
     rows = generalisation(model, task, evaluate, exp.seed, device, exp.run.progress, **controls)
     score = task.objective.score
-    return {'task': exp.task.name, 'model': label(exp), 'coding': task.coding, 'axis': task.axis, 'score': score, 'seed': exp.seed,
-            **summarise(rows, score), 'parameters': model.n_params(), 'examples': evaluate.examples, 'rows': rows, **controls}
+    return {'task': exp.task.name, 'model': label(exp), 'coding': task.coding, 'axis': task.axis,
+            'score': score, 'seed': exp.seed, **summarise(rows, score), 'parameters': model.n_params(),
+            'examples': evaluate.examples, 'rows': rows, **controls}
 
 def label(
     experiment: Experiment, # what was run
@@ -146,7 +151,8 @@ def save(
 ) -> None:
     "Write numbers and figure beside each other into the run folder."
     write_text(run.path/f'{name}.json', json.dumps(run.summary, indent=1))
-    run.plot().savefig(run.path/'figures'/('generalisation.png' if name == 'summary' else f'{name}.png'), dpi=150)
+    figure = 'generalisation.png' if name == 'summary' else f'{name}.png'
+    run.plot().savefig(run.path/'figures'/figure, dpi=150)
 
 # %% ../../nbs/08_experiments/05_run.ipynb #9ae4666c
 def _free_path(experiment):
@@ -162,7 +168,8 @@ def train(
     task, model = build(experiment)
     torch.set_num_threads(pick_threads(model, experiment.run.threads))
     pick_device(experiment.run.device)
-    return _go(experiment, task, model, RunFolder.create(experiment, experiment.run.out or _free_path(experiment)))
+    folder = RunFolder.create(experiment, experiment.run.out or _free_path(experiment))
+    return _go(experiment, task, model, folder)
 
 def resume(
     path: str, # a run folder
@@ -196,8 +203,8 @@ def _go(exp, task, model, folder):
     try:
         if not fit(trainer, callbacks): return None
         if exp.evaluate.select == 'best': folder.load_checkpoint(model, name='best')
-        summary = measure(exp, task, model, exp.evaluate) | {'steps': trainer.step, 'seconds': round(trainer.seconds, 1)}
-        run = Run(folder.path, summary)
+        spent = {'steps': trainer.step, 'seconds': round(trainer.seconds, 1)}
+        run = Run(folder.path, measure(exp, task, model, exp.evaluate) | spent)
         save(run)
         return run
     finally: folder.unlock()
@@ -210,13 +217,16 @@ def evaluate(
 ) -> Run: # the new measurement
     "Evaluate the weights of a run again; saved as evaluation-1, evaluation-2, …"
     for name in overrides or {}:
-        if name.split('.')[0] not in ('task', 'evaluate', 'run'): raise FieldError(name, overrides[name], 'a field of task, evaluate or run: the weights are trained')
+        if name.split('.')[0] not in ('task', 'evaluate', 'run'):
+            allowed = 'a field of task, evaluate or run: the weights are trained'
+            raise FieldError(name, overrides[name], allowed)
     folder, exp, task, model = load(path, overrides)
     state = folder.load_checkpoint(model, name='best' if exp.evaluate.select == 'best' else None)
     if state is None: raise FieldError('run', str(path), 'a run with a checkpoint')
     torch.set_num_threads(pick_threads(model, exp.run.threads))
     model.to(pick_device(exp.run.device))
-    run = Run(folder.path, measure(exp, task, model, exp.evaluate, **controls) | {'steps': state['step'], 'seconds': state.get('seconds', 0.)})
+    spent = {'steps': state['step'], 'seconds': state.get('seconds', 0.)}
+    run = Run(folder.path, measure(exp, task, model, exp.evaluate, **controls) | spent)
     number = 1 + len(list(folder.path.glob('evaluation-*.json')))
     save(run, f'evaluation-{number}')
     return run
@@ -227,12 +237,12 @@ def compare(
 ) -> Figure: # curves side by side
     "Draw the curves of several runs into one figure; they must share axis and metric."
     runs = list(runs)
-    first = runs[0].summary
-    for r in runs:
-        if (r.summary['axis'], r.summary['score']) != (first['axis'], first['score']):
-            raise InputError(f'{r.path}: {r.summary["score"]} over {r.summary["axis"]} does not fit beside {first["score"]} over {first["axis"]}')
+    first, *others = (f'{r.summary["score"]} over {r.summary["axis"]}' for r in runs)
+    for r, other in zip(runs[1:], others, strict=True):
+        if other != first: raise InputError(f'{r.path}: {other} does not fit beside {first}')
     names = [r.summary['model'] for r in runs]
     labels = [n if names.count(n) == 1 else f'{n} ({r.path.name})' for n, r in zip(names, runs, strict=True)]
     curves = dict(zip(labels, (r.summary['rows'] for r in runs), strict=True))
     tasks = sorted({r.summary['task'].replace('_', ' ') for r in runs})
-    return plot_curves(curves, first['axis'], score or first['score'], ', '.join(tasks))
+    summary = runs[0].summary
+    return plot_curves(curves, summary['axis'], score or summary['score'], ', '.join(tasks))
