@@ -6,7 +6,7 @@
 __all__ = ['TASKS']
 
 # %% ../../nbs/08_experiments/02_chunked.ipynb #474cff11
-from ..core.config import register_preset
+from ..core.config import register_preset, register_study
 
 # %% ../../nbs/08_experiments/02_chunked.ipynb #8dc137e4
 TASKS = ('parity_check', 'even_pairs', 'cycle_navigation', 'modular_arithmetic')
@@ -34,3 +34,9 @@ def _register():
                             evaluate={'examples': 512, 'every': 10})
 
 _register()
+
+# %% ../../nbs/08_experiments/02_chunked.ipynb #fddf68f5
+_SMOKE = {'task.coding': 'prefix', 'task.max_length': 10, 'task.test_length': 40, 'optim.lr': 5e-3,
+          'train.steps': 300, 'train.batch_size': 32, 'evaluate.examples': 64, 'evaluate.every': 3}
+register_study('chunked', 'regular languages at ten times the training length (Soulos et al.)',
+               smoke=[(f'chunked/parity_check/{model}', _SMOKE) for model in ('transformer', 'lstm')])

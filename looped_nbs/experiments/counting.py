@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/08_experiments/01_counting.ipynb #31de08a9
-from ..core.config import register_preset
+from ..core.config import register_preset, register_study
 
 # %% ../../nbs/08_experiments/01_counting.ipynb #15958f90
 _TRANSFORMER = {'name': 'transformer', 'd_model': 128, 'n_layers': 2, 'n_heads': 8, 'scale_by_depth': True}
@@ -34,3 +34,10 @@ def _register():
                         train={'steps': 5000, 'batch_size': 32}, evaluate={'every': 5})
 
 _register()
+
+# %% ../../nbs/08_experiments/01_counting.ipynb #2b04ad42
+_SMOKE = {'model.d_model': 32, 'task.max_count': 10, 'task.test_count': 20, 'task.max_total': 30,
+          'task.held_out': 20, 'optim.lr': 1e-2, 'optim.warmup_steps': 0, 'train.steps': 60,
+          'train.batch_size': 64, 'evaluate.examples': 64, 'evaluate.every': 2}
+register_study('counting', 'which architectures count beyond training (Chang & Bisk)',
+               smoke=[(f'counting/samesymbol/{model}', _SMOKE) for model in ('transformer', 'lstm')])

@@ -11,23 +11,25 @@ from ..core.config import register_preset, register_study
 # %% ../../nbs/08_experiments/04_demo.ipynb #59107b60
 _TASKS = {
     'parity': {'name': 'parity_check', 'coding': 'prefix', 'max_length': 20, 'test_length': 60},
-    'counting': {'name': 'counting_samesymbol', 'max_count': 10, 'test_count': 30, 'max_total': 40, 'held_out': 40},
+    'counting': {'name': 'counting_samesymbol', 'max_count': 10, 'test_count': 30, 'max_total': 40,
+                 'held_out': 40},
 }
 _SMALL = {'d_model': 64, 'n_heads': 4, 'init': 'torch'}
 _PLAIN = {'name': 'transformer', 'n_layers': 2, **_SMALL}
 _LOOPED = {'name': 'looped_transformer', 'n_layers': 1, 'n_loops': 6, **_SMALL}
 _MODELS = {  # architecture, learning rate, steps
-    'transformer': (_PLAIN, 1e-3, 1500),
-    'transformer_rotary': (_PLAIN | {'positions': 'rotary'}, 1e-3, 1500),
-    'transformer_sinusoidal': (_PLAIN | {'positions': 'sinusoidal'}, 1e-3, 1500),
-    'looped_transformer': (_LOOPED, 1e-3, 700),
-    'looped_transformer_sinusoidal': (_LOOPED | {'positions': 'sinusoidal'}, 1e-3, 700),
-    'rnn': ({'name': 'rnn', 'd_model': 64}, 2e-3, 2500),
-    'lstm': ({'name': 'lstm', 'd_model': 64}, 5e-3, 2500),
+    'transformer': (_PLAIN, 1e-3, 1200),
+    'transformer_rotary': (_PLAIN | {'positions': 'rotary'}, 1e-3, 1200),
+    'transformer_sinusoidal': (_PLAIN | {'positions': 'sinusoidal'}, 1e-3, 800),
+    'looped_transformer': (_LOOPED, 1e-3, 500),
+    'looped_transformer_sinusoidal': (_LOOPED | {'positions': 'sinusoidal'}, 1e-3, 500),
+    'rnn': ({'name': 'rnn', 'd_model': 64}, 2e-3, 2000),
+    'lstm': ({'name': 'lstm', 'd_model': 64}, 5e-3, 2000),
 }
 _CELLS = {
     'parity': ('transformer', 'transformer_rotary', 'looped_transformer', 'rnn', 'lstm'),
-    'counting': ('transformer', 'transformer_rotary', 'transformer_sinusoidal', 'looped_transformer_sinusoidal', 'rnn', 'lstm'),
+    'counting': ('transformer', 'transformer_rotary', 'transformer_sinusoidal',
+                 'looped_transformer_sinusoidal', 'rnn', 'lstm'),
 }
 
 def _register():
@@ -35,13 +37,14 @@ def _register():
     for task, fields in _TASKS.items():
         for model in _CELLS[task]:
             architecture, lr, steps = _MODELS[model]
-            register_preset(f'demo/{task}/{model}', f'{task} in about half a minute; {model}', task=fields, model=architecture,
+            register_preset(f'demo/{task}/{model}', f'{task} in less than half a minute; {model}',
+                            task=fields, model=architecture,
                             optim={'lr': lr, 'schedule': 'cosine', 'warmup_steps': 50},
                             train={'steps': steps, 'batch_size': 64, 'log_every': 50},
                             evaluate={'examples': 256, 'every': 2})
     cells = [f'demo/{task}/{model}' for task, models in _CELLS.items() for model in models]
     tiny = {'train.steps': 10, 'evaluate.examples': 16, 'evaluate.every': 10}
-    register_study('demo', 'transformers, loops and recurrent networks on parity and counting, inside and beyond training',
+    register_study('demo', 'transformers, loops and recurrent networks on parity and counting',
                    smoke=[(c, tiny) for c in cells], laptop=[(c, {}) for c in cells])
 
 _register()

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/08_experiments/03_icl.ipynb #cbcfdbad
-from ..core.config import register_preset
+from ..core.config import register_preset, register_study
 
 # %% ../../nbs/08_experiments/03_icl.ipynb #5e4189e3
 _BODY = {'d_model': 64, 'n_heads': 8, 'positions': 'learned', 'max_len': 203, 'activation': 'gelu_tanh'}
@@ -26,3 +26,11 @@ def _register():
                         train={'steps': 20_000, 'batch_size': 64})
 
 _register()
+
+# %% ../../nbs/08_experiments/03_icl.ipynb #7c7ea28a
+_SMOKE = {'task.n_dims': 1, 'task.n_points': 5, 'task.test_points': 8, 'optim.lr': 2e-3, 'train.steps': 60,
+          'evaluate.examples': 256, 'model.d_model': 32, 'model.n_heads': 4}
+_LOOPS = {'model.n_loops': 4, 'model.loop_window': 2}
+register_study('icl', 'a looped block that learns in context (Yang et al.)',
+               smoke=[('icl/linear_regression/transformer', _SMOKE | {'model.n_layers': 2}),
+                      ('icl/linear_regression/looped_transformer', _SMOKE | _LOOPS)])

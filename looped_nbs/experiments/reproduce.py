@@ -16,10 +16,10 @@ from matplotlib.figure import Figure
 from ..core.config import STUDIES, read_yaml
 from ..core.errors import FieldError, one_of
 from ..core.registry import lookup
-from ..evaluation.generalisation import plot_curves, table
+from ..evaluation.report import Picture, Table, plot_curves, style, table
 from . import demo  # noqa: F401  registers the demo
 from .run import Run, configure, label, resume, train
-from ..training.runs import write_text
+from ..training.runs import environment, write_text
 
 # %% ../../nbs/08_experiments/06_reproduce.ipynb #a95da8c2
 def _cell_path(out, number, experiment):
@@ -32,7 +32,8 @@ def _same(experiment, path):
     kept, wanted = read_yaml(path/'config.yaml'), experiment.to_dict()
     for section in ('task', 'model', 'optim', 'train', 'evaluate', 'seed'):
         if kept.get(section) != json.loads(json.dumps(wanted[section])):
-            raise FieldError('out', str(path), f'a folder of the same cell (its {section} differs: remove it or choose another --out)')
+            allowed = f'a folder of the same cell (its {section} differs: remove it or choose another --out)'
+            raise FieldError('out', str(path), allowed)
 
 def _run_cell(experiment, path):
     "Read, resume or train one cell."
@@ -61,19 +62,21 @@ def reproduce(
         if run is None: return None
         runs.append(run)
         tell(f'[{number}/{len(cells)}] {run.title()} ({run.summary["model"]})')
-    _publish(folder, f'{study}, {scale} scale', runs)
+    _write_results(folder, study, scale, runs)
     return runs
 
 # %% ../../nbs/08_experiments/06_reproduce.ipynb #60d59cc7
-def _publish(folder, title, runs):
-    "Write results.json, results.md and results.png."
-    write_text(folder/'results.json', json.dumps([r.summary for r in runs], indent=1))
+def _write_results(folder, study, scale, runs):
+    "Write results.json, with what the numbers depend on, and results.md and results.png beside it."
+    minutes = round(sum(r.summary['seconds'] for r in runs) / 60, 1)
+    found = {'study': study, 'scale': scale, 'minutes': minutes, 'environment': environment()}
+    write_text(folder/'results.json', json.dumps(found | {'runs': [r.summary for r in runs]}, indent=1))
     write_text(folder/'results.md', results(runs) + '\n')
-    figure(runs, title).savefig(folder/'results.png', dpi=150)
+    figure(runs, f'{study}, {scale} scale').savefig(folder/'results.png', dpi=150)
 
 def results(
     runs: list[Run], # finished cells
-) -> str: # Markdown table
+) -> Table: # Markdown, shown as a table by notebooks
     "Lay finished cells out as one table."
     return table([r.row() for r in runs])
 
@@ -82,11 +85,12 @@ def figure(
     title: str = '', # above all panels
 ) -> Figure: # one panel per task
     "Draw one panel per task with the curves of its cells."
-    tasks = list(dict.fromkeys(r.summary['task'] for r in runs))
-    fig = Figure(figsize=(5.4 * len(tasks), 3.6), layout='constrained')
+    tasks, models = (list(dict.fromkeys(r.summary[k] for r in runs)) for k in ('task', 'model'))
+    styles = {model: style(number) for number, model in enumerate(models)}
+    fig = Picture(figsize=(5.4 * len(tasks), 3.6), layout='constrained')
     for ax, task in zip(fig.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         group = [r.summary for r in runs if r.summary['task'] == task]
         curves = {s['model']: s['rows'] for s in group}
-        plot_curves(curves, group[0]['axis'], group[0]['score'], task.replace('_', ' '), ax)
+        plot_curves(curves, group[0]['axis'], group[0]['score'], task.replace('_', ' '), ax, styles)
     fig.suptitle(title)
     return fig

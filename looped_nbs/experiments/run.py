@@ -19,7 +19,8 @@ from ..core.config import PRESETS, Evaluate, Experiment, merge, nest, read_yaml
 from ..core.errors import FieldError, InputError, one_of
 from ..core.registry import load_plugin, lookup
 from ..core.streams import torch_stream
-from ..evaluation.generalisation import generalisation, plot_curves, summarise, table
+from ..evaluation.generalisation import generalisation, summarise
+from ..evaluation.report import Table, plot_curves, table
 from ..evaluation.validation import Validate
 from . import chunked, counting, icl  # noqa: F401  registers presets
 from ..models import recurrent, transformer  # noqa: F401  registers models
@@ -88,7 +89,8 @@ def build(
 class Run:
     "A finished run: its folder and what was measured."
     path: Path # run folder
-    summary: dict # content of summary.json
+    summary: dict # what was measured
+    name: str = 'summary' # of the file that holds it: summary, or evaluation-1, evaluation-2, …
 
     @classmethod
     def open(cls,
@@ -106,7 +108,7 @@ class Run:
         shown = ('task', 'model', 'inside', 'beyond', 'beyond_chance', 'parameters')
         return {k: self.summary[k] for k in shown} | {'seconds': round(self.summary['seconds'])}
 
-    def table(self) -> str: # Markdown
+    def table(self) -> Table: # Markdown, shown as a table by notebooks
         "Accuracy inside and beyond the training range, chance, parameters and seconds."
         return table([self.row()])
 
@@ -147,11 +149,10 @@ def label(
 
 def save(
     run: Run, # with numbers and figure
-    name: str = 'summary', # file names
 ) -> None:
-    "Write numbers and figure beside each other into the run folder."
-    write_text(run.path/f'{name}.json', json.dumps(run.summary, indent=1))
-    figure = 'generalisation.png' if name == 'summary' else f'{name}.png'
+    "Write numbers and figure into the run folder."
+    write_text(run.path/f'{run.name}.json', json.dumps(run.summary, indent=1))
+    figure = 'generalisation.png' if run.name == 'summary' else f'{run.name}.png'
     run.plot().savefig(run.path/'figures'/figure, dpi=150)
 
 # %% ../../nbs/08_experiments/05_run.ipynb #9ae4666c
@@ -221,14 +222,19 @@ def evaluate(
             allowed = 'a field of task, evaluate or run: the weights are trained'
             raise FieldError(name, overrides[name], allowed)
     folder, exp, task, model = load(path, overrides)
+    trained = load(path)[2].axis_range('train')
+    if task.axis_range('train') != trained:
+        allowed = f'{trained}, the range it was trained on'
+        raise FieldError(f'task.{task.axis}', task.axis_range('train'), allowed)
     state = folder.load_checkpoint(model, name='best' if exp.evaluate.select == 'best' else None)
     if state is None: raise FieldError('run', str(path), 'a run with a checkpoint')
     torch.set_num_threads(pick_threads(model, exp.run.threads))
     model.to(pick_device(exp.run.device))
     spent = {'steps': state['step'], 'seconds': state.get('seconds', 0.)}
-    run = Run(folder.path, measure(exp, task, model, exp.evaluate, **controls) | spent)
     number = 1 + len(list(folder.path.glob('evaluation-*.json')))
-    save(run, f'evaluation-{number}')
+    measured = measure(exp, task, model, exp.evaluate, **controls) | spent
+    run = Run(folder.path, measured, f'evaluation-{number}')
+    save(run)
     return run
 
 def compare(
