@@ -24,35 +24,39 @@ EXTRAS = {'track': ('wandb',), 'data': ('datasets', 'tokenizers', 'sacrebleu', '
 def _version(command):
     "First line of a program's version, or an empty string."
     if not shutil.which(command): return ''
-    try: return subprocess.run([command, '--version'], capture_output=True, text=True, timeout=10).stdout.splitlines()[-1 if command == 'nvcc' else 0]
-    except (OSError, subprocess.SubprocessError, IndexError): return ''
+    options = {'capture_output': True, 'text': True, 'timeout': 10}
+    try: lines = subprocess.run([command, '--version'], **options).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError): return ''
+    return lines[-1 if command == 'nvcc' else 0] if lines else ''
 
 def doctor() -> dict: # sections of plain values
     "Collect what matters for running and building this library."
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    missing = {extra: [p for p in packages if importlib.util.find_spec(p) is None] for extra, packages in EXTRAS.items()}
+    absent = {e: [p for p in names if importlib.util.find_spec(p) is None] for e, names in EXTRAS.items()}
+    missing = {extra: names for extra, names in absent.items() if names}
     load = round(os.getloadavg()[0], 2) if hasattr(os, 'getloadavg') else None
     return {'looped_nbs': __version__, 'python': sys.version.split()[0], 'torch': torch.__version__,
-            'system': f'{platform.system()} {platform.machine()}', 'cores': cores, 'load': load, 'cpu': torch.backends.cpu.get_cpu_capability(),
-            'gpus': gpus, 'threads': 'run.threads = 0 takes 1 below 1,000,000 parameters, else all cores',
+            'system': f'{platform.system()} {platform.machine()}', 'cores': cores, 'load': load,
+            'cpu': torch.backends.cpu.get_cpu_capability(), 'gpus': gpus,
+            'threads': 'one for small models, all cores for large ones (run.threads = 0)',
             'g++': _version('g++'), 'nvcc': _version('nvcc'), 'quarto': _version('quarto'),
-            'missing': {extra: names for extra, names in missing.items() if names}, 'advice': _advice(cores, load, gpus, missing)}
+            'missing': missing, 'advice': _advice(cores, load, gpus, missing)}
 
 def _advice(cores, load, gpus, missing):
     "What would help, one line each."
     lines = []
-    if load is not None and load > 1.5 * cores: lines.append(f'the machine is busy (load {load} on {cores} cores): timings mean little now')
+    if load is not None and load > 1.5 * cores:
+        lines.append(f'the machine is busy (load {load} on {cores} cores): timings mean little now')
     if not gpus: lines.append('no GPU is seen by PyTorch: everything runs on the CPU')
-    for extra, names in missing.items():
-        if names: lines.append(f"for {', '.join(names)}: pip install 'looped_nbs[{extra}]'")
-    return lines
+    installs = (f"for {', '.join(names)}: pip install 'looped_nbs[{e}]'" for e, names in missing.items())
+    return [*lines, *installs]
 
 # %% ../../nbs/09_tools/02_doctor.ipynb #1c5d665a
 def report(
     found: dict, # from `doctor`
 ) -> str: # several lines
     "Lay the findings out as text."
-    text = lambda v: ', '.join(map(str, v)) if isinstance(v, list) else 'not found' if v == '' else str(v)
+    def text(v): return ', '.join(v) if isinstance(v, list) else 'not found' if v == '' else str(v)
     lines = [f'{k:11} {text(v) or "none"}' for k, v in found.items() if k not in ('missing', 'advice')]
     return '\n'.join([*lines, '', *found['advice']])
