@@ -92,7 +92,7 @@ class CycleNavigation(RegularTask):
 # %% ../../nbs/04_tasks/03_regular.ipynb #272c967f
 @register_task('modular_arithmetic')
 class ModularArithmetic(RegularTask):
-    "The value, modulo 5, of digits joined by +, - and *."
+    "The value, modulo 5, of digits joined by plus, minus and times."
     symbols, answers = ('0', '1', '2', '3', '4', '+', '-', '*'), ('0', '1', '2', '3', '4')
 
     def strings(self, rng, n, length):
