@@ -6,8 +6,10 @@
 __all__ = ['stopwatch', 'load', 'bench_tasks', 'bench_train', 'bench', 'report']
 
 # %% ../../nbs/09_tools/01_bench.ipynb #49d3d055
+import functools
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 
@@ -15,7 +17,7 @@ import torch
 
 from ..core.config import Evaluate, Experiment, Named, Optim, Run, Train
 from ..core.streams import numpy_stream, torch_stream
-from ..evaluation.generalisation import table
+from ..evaluation.report import table
 from ..experiments.run import MODELS, TASKS
 from ..training.callbacks import MetricLog
 from ..training.loop import Trainer
@@ -52,23 +54,26 @@ def bench_tasks(
         if task.features: continue
         fixed = {'length': length} if task.axis == 'length' else {}
         step = iter(range(10**9))
-        fast, median = stopwatch(lambda t=task, f=fixed, s=step: t.sample('train', 0, next(s), batch_size, **f))
+        draw = functools.partial(task.sample, 'train', 0, n=batch_size, **fixed)
+        fast, median = stopwatch(lambda d=draw, s=step: d(next(s)))
         few = task.draw(numpy_stream(0, 'bench'), 32, **(task.splits['train'].difficulty | fixed))
         slow, _ = stopwatch(lambda t=task, p=few: t.label(p), repeats=3)
-        rows.append({'task': name, 'examples/s': int(batch_size / median), 'best': int(batch_size / fast),
-                     'definition/s': int(32 / slow), 'ratio': round(batch_size / median / (32 / slow), 1), 'load': load()})
+        rate, slow_rate = batch_size / median, 32 / slow
+        rows.append({'task': name, 'examples/s': int(rate), 'best': int(batch_size / fast),
+                     'definition/s': int(slow_rate), 'ratio': round(rate / slow_rate, 1), 'load': load()})
     return rows
 
 # %% ../../nbs/09_tools/01_bench.ipynb #93b3fa6c
-_CASES = {'transformer': {'d_model': 64, 'n_layers': 5, 'n_heads': 8}, 'looped_transformer': {'d_model': 64, 'n_loops': 5, 'n_heads': 8},
-          'lstm': {'d_model': 64}}
+_CASES = {'transformer': {'d_model': 64, 'n_layers': 5, 'n_heads': 8},
+          'looped_transformer': {'d_model': 64, 'n_loops': 5, 'n_heads': 8}, 'lstm': {'d_model': 64}}
 
 def _trainer(model, fields, batch_size):
     "A trainer on parity at length 40."
-    experiment = Experiment(Named('parity_check'), Named(model, fields), Optim(), Train(steps=10**9, batch_size=batch_size, log_every=20),
-                            Evaluate(), Run(device='cpu'))
+    protocol = Train(steps=10**9, batch_size=batch_size, log_every=20)
+    experiment = Experiment(Named(), Named(), Optim(), protocol, Evaluate(), Run(device='cpu'))
     task = TASKS['parity_check'](min_length=40, max_length=40)
-    with torch_stream(0, 'init'): return Trainer(MODELS[model].from_task(task, **fields), task, experiment), experiment
+    with torch_stream(0, 'init'): built = MODELS[model].from_task(task, **fields)
+    return Trainer(built, task, experiment), experiment
 
 def _bare(trainer, steps):
     "Steps of a trainer whose batch is drawn once: forward, backward, clipping, update."
@@ -93,17 +98,18 @@ def bench_train(
     steps: int = 20, # steps in one timed call
 ) -> list[dict]: # one row per model and thread count
     "Time whole steps beside bare ones, for each number of threads."
-    import tempfile
     rows, old = [], torch.get_num_threads()
     try:
         for threads in sorted({1, os.cpu_count()}):
             torch.set_num_threads(threads)
             for model, fields in _CASES.items():
                 with tempfile.TemporaryDirectory() as folder:
-                    bare, whole = _bare(_trainer(model, fields, batch_size)[0], steps), _whole(*_trainer(model, fields, batch_size), f'{folder}/run', steps)
+                    whole = _whole(*_trainer(model, fields, batch_size), f'{folder}/run', steps)
+                    bare = _bare(_trainer(model, fields, batch_size)[0], steps)
                     pairs = [(stopwatch(bare, 1, 0)[0], stopwatch(whole, 1, 0)[0]) for _ in range(3)]
-                b, w = (min(p[i] for p in pairs) / steps * 1e3 for i in (0, 1))
-                rows.append({'model': model, 'threads': threads, 'bare ms': round(b, 2), 'whole ms': round(w, 2), 'whole/bare': round(w / b, 3), 'load': load()})
+                b, w = (statistics.median(p[i] for p in pairs) / steps * 1e3 for i in (0, 1))
+                rows.append({'model': model, 'threads': threads, 'bare ms': round(b, 2),
+                             'whole ms': round(w, 2), 'whole/bare': round(w / b, 3), 'load': load()})
     finally: torch.set_num_threads(old)
     return rows
 
@@ -124,4 +130,5 @@ def report(
     "Lay a benchmark out as a table, and say so if the machine was too busy for it to mean much."
     cores = os.cpu_count()
     busy = max(r['load'] for r in rows) > 1.5 * cores
-    return table(rows) + (f'\n\nthe machine was busy (load above {1.5 * cores} on {cores} cores): repeat on a quiet one' if busy else '')
+    warning = f'the machine was busy (load above {1.5 * cores} on {cores} cores): repeat on a quiet one'
+    return table(rows) + (f'\n\n{warning}' if busy else '')
