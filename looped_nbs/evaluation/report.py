@@ -76,5 +76,7 @@ def plot_curves(
     reached = ', '.join(map(str, ends))
     ax.set(xlabel=f'{axis} (training ends at {reached})', ylabel=score.replace('_', ' '), title=title)
     if score.endswith('accuracy'): ax.set_ylim(-.03, 1.05)
+    ax.locator_params(axis='x', integer=True)
+    ax.locator_params(axis='x', integer=True)
     ax.legend(fontsize=7)
     return ax.figure

@@ -22,12 +22,13 @@ class RegularTask(Task):
     ):
         super().__init__(**fields)
         ordered(min_length=min_length, max_length=max_length)
-        at_least('test_length', test_length, max_length + 1)
+        unseen = self.first_unseen(max_length)
+        at_least('test_length', test_length, unseen)
         shared = 'short strings recur: drawn from the same window by another stream'
         longer = '0: longer than any training string'
         self.splits = {'train': Split({'length': (min_length, max_length)}),
                        'val': Split({'length': (min_length, max_length)}, overlap=shared),
-                       'test': Split({'length': (max_length + 1, test_length)}, overlap=longer)}
+                       'test': Split({'length': (unseen, test_length)}, overlap=longer)}
 
     def draw(self, rng, n, *, length):
         tokens = self.strings(rng, n, range_of(rng, length))
@@ -37,6 +38,12 @@ class RegularTask(Task):
     def label(self, problem):
         strings = [[self.symbols[t] for t in row] for row in problem['tokens']]
         return np.array([[self.answer(s[:t + 1]) for t in range(len(s))] for s in strings])
+
+    def first_unseen(self,
+        max_length: int, # longest training string, as requested
+    ) -> int: # smallest length whose strings are longer than all of training
+        "Where the test begins."
+        return max_length + 1
 
     def strings(self,
         rng: np.random.Generator, # the batch's own stream
@@ -94,6 +101,8 @@ class CycleNavigation(RegularTask):
 class ModularArithmetic(RegularTask):
     "The value, modulo 5, of digits joined by plus, minus and times."
     symbols, answers = ('0', '1', '2', '3', '4', '+', '-', '*'), ('0', '1', '2', '3', '4')
+
+    def first_unseen(self, max_length): return max_length + 1 + max_length % 2
 
     def strings(self, rng, n, length):
         tokens = rng.integers(0, 5, (n, length - (length % 2 == 0)), dtype=np.int8)

@@ -95,7 +95,7 @@ def _whole(trainer, experiment, folder, steps):
 
 def bench_train(
     batch_size: int = 64, # examples in a step
-    steps: int = 20, # steps in one timed call
+    steps: int = 8, # steps in one timed call
 ) -> list[dict]: # one row per model and thread count
     "Time whole steps beside bare ones, for each number of threads."
     rows, old = [], torch.get_num_threads()

@@ -190,7 +190,7 @@ def load_checkpoint(self: RunFolder,
         model.load_state_dict(load_file(folder/'model.safetensors'))
         if optimiser is not None: restore_optimiser(model, optimiser, load_file(folder/'optim.safetensors'))
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
-        reason = str(e).strip().splitlines()[0]
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise InputError(f'{folder}: not a checkpoint of this model ({reason})') from None
     return state
 
