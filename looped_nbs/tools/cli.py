@@ -260,7 +260,7 @@ def list_verb(*,
     "List models, mixers, positions, tasks, codings, presets and studies, one line each."
     from looped_nbs.core.config import PRESETS, STUDIES
     from looped_nbs.core.registry import describe, load_plugin
-    from looped_nbs.experiments import reproduce, run
+    from looped_nbs.experiments import reproduce, run  # noqa: F401  the first registers the demo
     from looped_nbs.layers.mixer import MIXERS
     from looped_nbs.layers.positions import POSITIONS
     from looped_nbs.tasks.codings import CODINGS
