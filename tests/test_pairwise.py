@@ -1,0 +1,95 @@
+"""Every mixer in and out of a loop, every model and every scheme of positions, with every task through every
+coding: one training step, or a refusal in one line. What is registered later is covered."""
+import functools
+import math
+
+import pytest
+
+from looped_nbs.core.config import PRESETS, fields_of
+from looped_nbs.core.errors import InputError
+from looped_nbs.experiments.run import MODELS, TASKS, build, configure
+from looped_nbs.layers.mixer import MIXERS
+from looped_nbs.layers.positions import POSITIONS
+from looped_nbs.tasks.codings import CODINGS
+from looped_nbs.training.loop import Trainer
+
+TOKENS = ('counting_samesymbol', 'cycle_navigation', 'even_pairs', 'modular_arithmetic', 'parity_check')
+REFUSED = {  # (task, coding): the only combinations that may be refused
+    *((task, 'prompt') for task in TOKENS),  # strings are not points and values
+    *(('linear_regression', coding) for coding in ('last', 'prefix', 'tape')),  # nor the other way
+}
+SMALL = {  # used where a task or a model has a field of that name
+    'min_length': 3, 'max_length': 5, 'test_length': 7, 'max_count': 4, 'test_count': 6, 'max_total': 9,
+    'held_out': 3,
+    'n_dims': 3, 'n_points': 4, 'test_points': 6,
+    'd_model': 8, 'n_heads': 2, 'n_layers': 1, 'n_loops': 2, 'max_len': 32,
+}
+LOOPS = ('transformer', 'looped_transformer')
+
+
+names_of = functools.cache(lambda cls: frozenset(fields_of(cls)))
+
+
+def small(section, cls, **fields):
+    known = {f'{section}.{name}': value for name, value in SMALL.items() if name in names_of(cls)}
+    return known | {f'{section}.{name}': value for name, value in fields.items()}
+
+
+def experiment(task, coding, model, **fields):
+    overrides = {'train.batch_size': 8, 'run.device': 'cpu', 'run.progress': False}
+    overrides |= small('task', TASKS[task], coding=coding) | small('model', MODELS[model], **fields)
+    return configure(task=task, model=model, overrides=overrides)
+
+
+def one_step(exp):
+    "Take a step and check that it did something to every parameter."
+    task, model = build(exp)
+    trainer = Trainer(model, task, exp)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer.advance()
+    assert math.isfinite(trainer.last['loss']) and trainer.last['loss'] > 0
+    assert not [name for name, p in model.named_parameters() if p.equal(before[name])], 'unchanged'
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def step_or_refusal(task, coding, model, **fields):
+    if (task, coding) not in REFUSED: return one_step(experiment(task, coding, model, **fields))
+    with pytest.raises(InputError) as refusal: build(experiment(task, coding, model, **fields))
+    assert str(refusal.value).count('\n') == 0 and 'coding' in str(refusal.value)
+
+
+@pytest.mark.parametrize('coding', sorted(CODINGS))
+@pytest.mark.parametrize('task', sorted(TASKS))
+@pytest.mark.parametrize('model', LOOPS)
+@pytest.mark.parametrize('mixer', sorted(MIXERS))
+def test_mixer(mixer, model, task, coding): step_or_refusal(task, coding, model, mixer=mixer)
+
+
+@pytest.mark.parametrize('coding', sorted(CODINGS))
+@pytest.mark.parametrize('task', sorted(TASKS))
+@pytest.mark.parametrize('model', sorted(set(MODELS) - set(LOOPS)))
+def test_model(model, task, coding): step_or_refusal(task, coding, model)
+
+
+@pytest.mark.parametrize('task', sorted(TASKS))
+@pytest.mark.parametrize('model', LOOPS)
+@pytest.mark.parametrize('positions', sorted(POSITIONS))
+def test_positions(positions, model, task):
+    one_step(experiment(task, TASKS[task].codings[0], model, positions=positions))
+
+
+@pytest.mark.parametrize('mixer', sorted(MIXERS))
+@pytest.mark.parametrize('positions', sorted(POSITIONS))
+def test_positions_with_mixer(positions, mixer):
+    one_step(experiment('parity_check', 'tape', 'looped_transformer', positions=positions, mixer=mixer,
+                        loop_window=2))
+
+
+def test_only_known_combinations_are_refused():
+    assert REFUSED == {(task, coding) for task in TASKS for coding in set(CODINGS) - set(TASKS[task].codings)}
+
+
+@pytest.mark.parametrize('name', sorted(PRESETS))
+def test_preset_is_possible(name):
+    task, model = build(configure(name))
+    assert model.n_params() > 0 and task.splits
