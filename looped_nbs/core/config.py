@@ -8,7 +8,9 @@ __all__ = ['SECTIONS', 'PRESETS', 'STUDIES', 'Field', 'fields_of', 'type_name', 
 
 # %% ../../nbs/00_core/04_config.ipynb #0f9a0cf5
 import dataclasses
+import functools
 import inspect
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -30,6 +32,11 @@ class Field:
     help: str # one line, with units
 
 # %% ../../nbs/00_core/04_config.ipynb #191fadef
+def _documents(thing):
+    "Docments, or nothing where there is no source to read them from."
+    try: return docments(thing)
+    except OSError: return {}
+
 def _constructors(cls):
     "The constructors whose keyword arguments reach `cls`: its own, and those behind `**kwargs`."
     for c in cls.__mro__:
@@ -38,18 +45,19 @@ def _constructors(cls):
         yield init
         if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(init).parameters.values()): return
 
+@functools.cache
 def fields_of(
     cls: type, # a class whose configurable arguments are keyword-only, or a dataclass
 ) -> dict[str, Field]: # name to field, in order
     "Derive the configurable fields of a class from its constructor."
     if dataclasses.is_dataclass(cls):
-        hints, docs = typing.get_type_hints(cls), docments(cls)
+        hints, docs = typing.get_type_hints(cls), _documents(cls)
         fresh = cls()
         return {f.name: Field(hints[f.name], getattr(fresh, f.name), docs.get(f.name) or '')
                 for f in dataclasses.fields(cls)}
     found = {}
     for init in _constructors(cls):
-        hints, docs = typing.get_type_hints(init), docments(init)
+        hints, docs = typing.get_type_hints(init), _documents(init)
         for name, p in inspect.signature(init).parameters.items():
             if p.kind is p.KEYWORD_ONLY and name not in found:
                 found[name] = Field(hints.get(name, str), p.default, docs.get(name) or '')
@@ -76,7 +84,9 @@ def _plain(value, kind):
         raise ValueError
     if isinstance(value, (bool, list, tuple, dict)) or value is None: raise ValueError
     if kind is int and isinstance(value, float) and value != int(value): raise ValueError
-    return kind(value)
+    number = kind(value)
+    if kind is float and not math.isfinite(number): raise ValueError
+    return number
 
 def coerce(
     name: str, # full name of the field, for the error message
@@ -92,9 +102,9 @@ def coerce(
             return tuple(_plain(v, args[0]) for v in value)
         for option in sorted(args or (kind,), key=lambda t: t is not types.NoneType):
             try: return _plain(value, option)
-            except (ValueError, TypeError, KeyError): continue
+            except (ValueError, TypeError, KeyError, OverflowError): continue
         raise ValueError
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError):
         count = f' ({len(args)} of them)' if typing.get_origin(kind) is tuple and Ellipsis not in args else ''
         raise FieldError(name, value, type_name(kind) + count) from None
 
@@ -144,6 +154,8 @@ class Optim:
             at_least(f'optim.{name}', getattr(self, name), 0)
         for b in self.betas:
             if not 0 <= b < 1: raise FieldError('optim.betas', self.betas, 'two numbers in [0, 1)')
+        if self.schedule == 'cosine' and self.min_lr > self.lr:
+            raise FieldError('optim.min_lr', self.min_lr, f'at most optim.lr = {self.lr}')
 
 # %% ../../nbs/00_core/04_config.ipynb #4a7c862e
 @dataclass
@@ -192,7 +204,7 @@ class Run:
     plugins: tuple[str, ...] = () # Python files loaded before names are resolved
 
     def __post_init__(self):
-        at_least('run.threads', self.threads, 0)
+        if not 0 <= self.threads <= 1024: raise FieldError('run.threads', self.threads, 'between 0 and 1024')
         one_of('run.track', self.track, ['none', 'wandb'])
 
 # %% ../../nbs/00_core/04_config.ipynb #ea3b1951
@@ -254,8 +266,10 @@ def read_yaml(
     "Read a YAML file of an experiment."
     file = Path(path)
     if not file.is_file(): raise FieldError('config', str(path), 'an existing YAML file')
-    try: config = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as e: raise InputError(f'{path}: not YAML ({str(e).splitlines()[0]})') from None
+    try: config = yaml.safe_load(file.read_text(encoding='utf-8'))
+    except UnicodeDecodeError: raise InputError(f'{path}: not a text file in UTF-8') from None
+    except (yaml.YAMLError, ValueError) as e:
+        raise InputError(f'{path}: not YAML ({str(e).splitlines()[0]})') from None
     if not isinstance(config, dict): raise InputError(f'{path}: no sections found')
     return config
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from .errors import FieldError, one_of
+from .errors import FieldError, InputError, one_of
 
 # %% ../../nbs/00_core/01_registry.ipynb #8fd3af35
 def registrar(
@@ -54,5 +54,8 @@ def load_plugin(
     if spec is None: raise FieldError('plugin', path, 'a file whose name ends in .py')
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    try: spec.loader.exec_module(module)
+    except (Exception, SystemExit) as e:
+        text = ' '.join(str(e).split())
+        raise InputError(f'plugin {path}: {type(e).__name__}: {text}') from e
     return module

@@ -27,13 +27,23 @@ def new_positions(
     return batch
 
 def _measure(model, batches, objective, controls):
-    "Tallies of loss and metrics over batches, and the scored targets."
-    tallies, targets = {}, []
+    "Tallies of loss and metrics over batches, the scored targets, and the number of examples."
+    tallies, targets, examples = {}, [], 0
     for batch in batches:
         output = model(batch, **controls)
         add_tallies(tallies, {'loss': objective.loss(output, batch)} | objective.metrics(output, batch))
         targets.append(batch.targets[batch.score_mask].cpu())
-    return tallies, torch.cat(targets)
+        examples += len(batch)
+    return tallies, torch.cat(targets) if targets else torch.zeros(0), examples
+
+def _at(task, value, beyond, evaluate, seed):
+    "Batches at one value of the axis: the problems that the test split lists there, or else fresh ones."
+    listed = task.enumerated('test', value) if beyond else None
+    examples = evaluate.examples if listed is None else min(evaluate.examples, len(listed['lengths']))
+    for start in range(0, examples, evaluate.batch_size):
+        step, stop = (value, start), min(start + evaluate.batch_size, examples)
+        if listed is None: yield step, task.sample('test', seed, step, stop - start, **{task.axis: value})
+        else: yield step, task.encode({k: v[start:stop] for k, v in listed.items()})
 
 # %% ../../nbs/06_evaluation/01_generalisation.ipynb #c5e03333
 @torch.inference_mode()
@@ -52,16 +62,14 @@ def generalisation(
     reached, rows = task.encoder.time(task.length(trained)), []
     values = sorted({*range(low, high + 1, evaluate.every), trained, high})
     def batches(value):
-        for start in range(0, evaluate.examples, evaluate.batch_size):
-            step, n = (value, start), min(evaluate.batch_size, evaluate.examples - start)
-            batch = task.sample('test', seed, step, n, **{task.axis: value})
+        for step, batch in _at(task, value, value > trained, evaluate, seed):
             batch.position_ids = model.position_ids(batch, numpy_stream(seed, 'test', 'positions', step))
             yield (new_positions(batch, reached) if value > trained else batch).to(device)
     for value in tqdm(values, desc='evaluate', unit=task.axis, disable=not progress, mininterval=.5):
-        tallies, targets = _measure(model, batches(value), task.objective, controls)
+        tallies, targets, examples = _measure(model, batches(value), task.objective, controls)
         if not len(targets): continue
         rows.append({task.axis: value, 'beyond': value > trained, **means(tallies),
-                     'chance': task.objective.chance(targets), 'examples': evaluate.examples})
+                     'chance': task.objective.chance(targets), 'examples': examples})
     return rows
 
 # %% ../../nbs/06_evaluation/01_generalisation.ipynb #633f4860

@@ -47,5 +47,5 @@ class Validate(Callback):
         self.run.log(trainer.step, found)
         if found['val_loss'] < self.best:
             self.best = found['val_loss']
-            state = {'step': trainer.step, **found}
+            state = {'step': trainer.step, 'seconds': trainer.seconds, **found}
             self.run.save_checkpoint(trainer.model, trainer.optimiser, state, name='best')

@@ -9,7 +9,6 @@ __all__ = ['preset', 'configure', 'build', 'Run', 'measure', 'label', 'save', 't
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,8 +27,8 @@ from ..models.base import MODELS, SequenceModel
 from ..tasks import counting as counting_tasks  # noqa: F401  registers tasks
 from ..tasks import regression, regular  # noqa: F401  registers tasks
 from ..tasks.task import TASKS, Task
-from ..training.callbacks import Checkpoints, MetricLog, Progress, WandbLog
-from ..training.curriculum import Curriculum
+from ..training.callbacks import Checkpoints, MetricLog, Progress, WandbLog, import_wandb
+from ..training.curriculum import Ramp
 from ..training.loop import Trainer, fit, pick_device, pick_threads
 from ..training.runs import RunFolder, write_text
 
@@ -52,7 +51,7 @@ def configure(
     overrides: Mapping[str, object] | None = None, # dotted fields to values
 ) -> Experiment: # checked for names and types
     "Build an experiment from a preset, names and overrides, in this order."
-    for file in plugins: load_plugin(file)
+    for file in (*plugins, *_plugins((overrides or {}).get('run.plugins'))): load_plugin(file)
     config = lookup(PRESETS, 'preset', name)['config'] if name else {}
     for section, chosen in (('task', task), ('model', model)):
         if chosen is not None: config = merge(config, {section: chosen})
@@ -60,7 +59,14 @@ def configure(
     if plugins: config = merge(config, {'run': {'plugins': tuple(map(str, plugins))}})
     return Experiment.from_dict(config, TASKS, MODELS)
 
-# %% ../../nbs/08_experiments/05_run.ipynb #5f514488
+# %% ../../nbs/08_experiments/05_run.ipynb #344217b4
+def _plugins(files):
+    "The plugins of a configuration, as a list of files."
+    if files is None: return ()
+    if isinstance(files, (list, tuple)) and all(isinstance(f, (str, Path)) for f in files): return files
+    raise FieldError('run.plugins', files, 'a list of files')
+
+# %% ../../nbs/08_experiments/05_run.ipynb #88ebcf9c
 def _inside(section, build):
     "Build a part and name its section in any complaint."
     try: return build()
@@ -74,17 +80,34 @@ def build(
     task = _inside('task', lambda: lookup(TASKS, 'task', exp.task.name)(**exp.task.kwargs))
     with torch_stream(exp.seed, 'init'):
         cls = lookup(MODELS, 'model', exp.model.name)
-        model = _inside('model', lambda: cls.from_task(task, **exp.model.kwargs))
+        try: model = _inside('model', lambda: cls.from_task(task, **exp.model.kwargs))
+        except (RuntimeError, MemoryError, OverflowError, TypeError) as e: raise _too_large(exp, e) from None
     model.check_time(task.max_time())
-    curriculum = Curriculum(exp.train.ramps)
-    for step in (0, exp.train.steps - 1):
-        controls = curriculum(step)
-        for name in controls['model']: one_of('train.ramps', f'model.{name}', ['model.n_loops'])
-        draw = partial(task.sample, 'train', exp.seed, step, 1, **controls['task'])
-        model.position_ids(_inside('train.ramps', draw))
+    for ramp in map(Ramp.parse, exp.train.ramps): _check_ramp(ramp, exp, task)
+    if exp.run.track == 'wandb': import_wandb()
     return task, model
 
-# %% ../../nbs/08_experiments/05_run.ipynb #0782516b
+def _check_ramp(ramp, exp, task):
+    "Refuse a ramp that sets nothing, or that leaves what is trained at its first or last value."
+    section, _, name = ramp.field.partition('.')
+    inside = exp.model.kwargs if section == 'model' else task.splits['train'].difficulty
+    known = {'n_loops'} & set(inside) if section == 'model' else {*inside, *(f'max_{k}' for k in inside)}
+    one_of('train.ramps', ramp.field, sorted(f'{section}.{k}' for k in known))
+    window = inside.get(name, inside.get(name.removeprefix('max_')))
+    high = None if section == 'model' else window[1] if isinstance(window, tuple) else window
+    for value in (ramp(0), ramp(exp.train.steps - 1)):
+        if value < 1 or (high is not None and value > high):
+            allowed = 'at least 1' if high is None else f'between 1 and {high}, where training ends'
+            raise FieldError('train.ramps', f'{ramp.field} = {value}', allowed)
+
+def _too_large(exp, error):
+    "What to say if a model could not be built: the largest number is to blame, or the error is a bug."
+    sizes = {k: v for k, v in exp.model.kwargs.items() if isinstance(v, int)}
+    name = max(sizes, key=sizes.get, default='')
+    if sizes.get(name, 0) < 10_000: return error
+    return FieldError(f'model.{name}', sizes[name], 'less: this machine has not the memory for it')
+
+# %% ../../nbs/08_experiments/05_run.ipynb #45cb512e
 @dataclass
 class Run:
     "A finished run: its folder and what was measured."
@@ -101,7 +124,13 @@ class Run:
         file = folder.path/'summary.json'
         if not file.is_file():
             raise FieldError('run', str(path), 'a finished run (finish it with `looped resume`)')
-        return cls(folder.path, json.loads(file.read_text()))
+        try:
+            run = cls(folder.path, json.loads(file.read_text()))
+            run.row(), run.summary['rows'][0][run.summary['axis']], run.summary['score']
+        except (ValueError, TypeError, KeyError, IndexError) as e:
+            reason = f'{type(e).__name__}: {e}'
+            raise InputError(f'{file}: damaged ({reason}); remove it and use `looped resume`') from None
+        return run
 
     def row(self) -> dict: # name to number
         "One line of a table of runs."
@@ -122,7 +151,7 @@ class Run:
         s = self.summary
         return f'{s["task"].replace("_", " ")}: {s["inside"]:.2f} inside, {s["beyond"]:.2f} beyond training'
 
-# %% ../../nbs/08_experiments/05_run.ipynb #646290bf
+# %% ../../nbs/08_experiments/05_run.ipynb #9ae4666c
 def measure(
     experiment: Experiment, # what was run
     task: Task, # its task
@@ -155,7 +184,7 @@ def save(
     figure = 'generalisation.png' if run.name == 'summary' else f'{run.name}.png'
     run.plot().savefig(run.path/'figures'/figure, dpi=150)
 
-# %% ../../nbs/08_experiments/05_run.ipynb #9ae4666c
+# %% ../../nbs/08_experiments/05_run.ipynb #03ca5fb5
 def _free_path(experiment):
     "The first unused folder runs/<task>-<model>-<number>."
     base, number = f'{experiment.task.name}-{experiment.model.name}', 1
@@ -189,11 +218,14 @@ def load(
     "Open a run folder and build what it holds."
     folder = RunFolder.open(path)
     config = read_yaml(folder.path/'config.yaml')
-    for file in config.get('run', {}).get('plugins', ()): load_plugin(file)
+    part = config.get('run')
+    for file in _plugins(part.get('plugins') if isinstance(part, Mapping) else None):
+        kept = folder.path/'plugins'/Path(file).name
+        load_plugin(kept if kept.is_file() else file)
     experiment = Experiment.from_dict(merge(config, nest(overrides or {})), TASKS, MODELS)
     return folder, experiment, *build(experiment)
 
-# %% ../../nbs/08_experiments/05_run.ipynb #03ca5fb5
+# %% ../../nbs/08_experiments/05_run.ipynb #fc7cfcfc
 def _go(exp, task, model, folder):
     "Train to the end, evaluate and save."
     trainer = Trainer(model, task, exp)
@@ -210,22 +242,23 @@ def _go(exp, task, model, folder):
         return run
     finally: folder.unlock()
 
-# %% ../../nbs/08_experiments/05_run.ipynb #505fe20a
+# %% ../../nbs/08_experiments/05_run.ipynb #809405b1
 def evaluate(
     path: str, # a run folder
     overrides: Mapping[str, object] | None = None, # dotted fields of task and evaluate to values
     **controls: int, # controls of the model, such as n_loops
 ) -> Run: # the new measurement
     "Evaluate the weights of a run again; saved as evaluation-1, evaluation-2, …"
+    machine = ('run.device', 'run.threads', 'run.progress')
     for name in overrides or {}:
-        if name.split('.')[0] not in ('task', 'evaluate', 'run'):
-            allowed = 'a field of task, evaluate or run: the weights are trained'
+        if name.split('.')[0] not in ('task', 'evaluate') and name not in machine:
+            allowed = f'a field of task or evaluate, or one of {", ".join(machine)}: the weights are trained'
             raise FieldError(name, overrides[name], allowed)
     folder, exp, task, model = load(path, overrides)
-    trained = load(path)[2].axis_range('train')
-    if task.axis_range('train') != trained:
-        allowed = f'{trained}, the range it was trained on'
-        raise FieldError(f'task.{task.axis}', task.axis_range('train'), allowed)
+    trained = load(path)[2]
+    for field, mine, theirs in (('task.coding', task.coding, trained.coding),
+                                (f'task.{task.axis}', task.axis_range('train'), trained.axis_range('train'))):
+        if mine != theirs: raise FieldError(field, mine, f'{theirs}, as it was trained')
     state = folder.load_checkpoint(model, name='best' if exp.evaluate.select == 'best' else None)
     if state is None: raise FieldError('run', str(path), 'a run with a checkpoint')
     torch.set_num_threads(pick_threads(model, exp.run.threads))

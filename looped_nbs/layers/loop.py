@@ -35,7 +35,8 @@ def last_loops(
     at_least('loop_window', window, 1)
     at_least('loop_dilation', dilation, 1)
     def schedule(n):
-        read = [t for t in range(n - 1 - (window - 1) * dilation, n, dilation) if t >= 0]
+        first = max(n - 1 - (window - 1) * dilation, (n - 1) % dilation)
+        read = list(range(first, n, dilation))
         return range(read[0], n), read
     return schedule
 

@@ -6,7 +6,7 @@
 __all__ = ['RecurrentModel', 'RNNModel', 'ReluRNNModel', 'LSTMModel', 'GRUModel']
 
 # %% ../../nbs/03_models/02_recurrent.ipynb #b4e33c34
-from ..core.errors import FieldError, at_least
+from ..core.errors import FieldError, at_least, one_of
 from ..layers import recurrent  # noqa: F401  registers the mixers
 from ..layers.block import Stack
 from ..layers.loop import Loop
@@ -30,6 +30,7 @@ class RecurrentModel(SequenceModel):
         init: str = 'gpt2', # initial weights of embedding and head: gpt2 or torch
     ):
         at_least('d_model', d_model, 1)
+        one_of('init', init, ['gpt2', 'torch'])
         if not 0 <= dropout < 1: raise FieldError('dropout', dropout, 'a probability in [0, 1)')
         body = Stack([build_mixer(self.mixer, d_model, n_layers=n_layers, dropout=dropout)])
         super().__init__(d_in, d_out, features, d_model, Loop(body), head_bias or features)

@@ -41,11 +41,13 @@ class Transformer(SequenceModel):
         for name, value in (('d_model', d_model), ('n_layers', n_layers), ('n_heads', n_heads)):
             at_least(name, value, 1)
         if d_model % n_heads: raise FieldError('d_model', d_model, f'a multiple of n_heads = {n_heads}')
+        if max_len is not None: at_least('max_len', max_len, 1)
         if not 0 <= dropout < 1: raise FieldError('dropout', dropout, 'a probability in [0, 1)')
         def block(i):
             scale = (n_heads / d_model) ** .5 / (i + 1) if scale_by_depth else None
             mix = build_mixer(mixer, d_model, n_heads=n_heads, causal=causal, scale=scale)
-            feedforward = FeedForward(d_model, d_ff or 4 * d_model, activation, dropout)
+            if mix.causal and not causal: raise FieldError('causal', causal, f'true for the mixer {mixer}')
+            feedforward = FeedForward(d_model, 4 * d_model if d_ff is None else d_ff, activation, dropout)
             return Block(mix, feedforward, d_model, norm, dropout)
         exit_norm = nn.LayerNorm(d_model) if norm == 'pre' else None
         scheme = build_positions(positions, d_model, n_heads, max_len)
@@ -79,5 +81,6 @@ class LoopedTransformer(Transformer):
         super().__init__(d_in, d_out, features, n_layers=n_layers, **fields)
         one_of('inject', inject, INJECTIONS)
         at_least('loop_window', loop_window, 0)
+        at_least('loop_dilation', loop_dilation, 1)
         schedule = last_loops(loop_window, loop_dilation) if loop_window else whole
         self.loop = Loop(self.loop.body, n_loops, *INJECTIONS[inject], schedule)

@@ -28,6 +28,7 @@ def label_counting(
         elif word.isdecimal() and t == len(tokens) - 1: count += int(word)
         else: raise InputError(f'token {t + 1} is {word!r}: letters a, then one number are expected')
         labels.append(str(count))
+    if tokens[-1] == 'a': raise InputError('the last token is a letter: a number is expected')
     return labels
 
 def label_addbigram(
@@ -58,6 +59,7 @@ def cells(
 class CountingSameSymbol(Task):
     "Count the letters a, then add a number to the count."
     level, axis = 'counter', 'count'
+    files = Task.files | {'test': 'ood_test.txt'}
 
     def __init__(self, *,
         coding: str = 'prefix', # how a problem is shown: last, tape or prefix
@@ -141,11 +143,13 @@ def label(self: CountingSameSymbol, problem):
 @patch
 def _read(self: CountingSameSymbol, folder):
     "Take the splits `val` and `test` from published files."
-    for name, file in (('val', 'val.txt'), ('test', 'ood_test.txt')):
-        lines = list(read_examples(folder/file, label_counting))
-        problems = to_problem(lines, self.symbols, self.answers, '<pad>', folder/file)
+    for name in ('val', 'test'):
+        file = folder/self.files[name]
+        lines = list(read_examples(file, label_counting))
+        problems = to_problem(lines, self.symbols, self.answers, '<pad>', file)
         counts = problems['lengths'] - 1
         window = int(counts.min()), int(counts.max())
+        if name == 'test': at_least(f'smallest count in {file}', window[0], self.max_count + 1)
         self.splits[name] = Split({'count': window}, len(lines), 'as published', problems)
     held_out = read_examples(folder/'val.txt')
     self.val_cells = np.array([(len(tokens) - 1, int(tokens[-1])) for tokens, _ in held_out])

@@ -40,6 +40,8 @@ def _parse(path, number, line):
     try: example = json.loads(line)
     except json.JSONDecodeError as e:
         raise DataError(path, number, f'not a JSON array ({e.msg} at column {e.colno})') from None
+    except UnicodeDecodeError: raise DataError(path, number, 'not text in UTF-8') from None
+    except RecursionError: raise DataError(path, number, 'brackets inside brackets without end') from None
     lists = isinstance(example, list) and [type(part) for part in example] == [list, list]
     if not lists: raise DataError(path, number, 'two lists are expected: input tokens and labels')
     tokens, labels = example
@@ -56,7 +58,7 @@ def read_examples(
 ) -> Iterator[tuple[list[str], list[str]]]: # pairs of input tokens and labels
     "Read examples; a line that is malformed or wrongly labelled raises a `DataError`."
     if not Path(path).is_file(): raise FieldError('file', str(path), 'an existing data file')
-    with open(path) as f:
+    with open(path, 'rb') as f:
         for number, line in enumerate(f, 1):
             tokens, labels = _parse(path, number, line)
             if expected is not None:

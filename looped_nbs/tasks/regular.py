@@ -31,7 +31,7 @@ class RegularTask(Task):
                        'test': Split({'length': (unseen, test_length)}, overlap=longer)}
 
     def draw(self, rng, n, *, length):
-        tokens = self.strings(rng, n, range_of(rng, length))
+        tokens = self.strings(rng, n, at_least('task.length', range_of(rng, length), 1))
         lengths = np.full(n, tokens.shape[1])
         return {'tokens': tokens, 'lengths': lengths, 'answers': self.prefix_answers(tokens)}
 

@@ -39,6 +39,7 @@ class Task:
     symbols: tuple[str, ...] = () # what a problem is written in
     answers: tuple[str, ...] = () # what can be answered
     codings: tuple[str, ...] = ('last', 'tape', 'prefix') # the ways it can be seen
+    files = {'train': 'train.txt', 'val': 'val.txt', 'test': 'test.txt'} # names of data files, by split
 
     def __init__(self, *,
         coding: str = 'last', # how a problem is shown: last, tape or prefix
@@ -152,6 +153,17 @@ def axis_range(self: Task,
     "The range of the axis that a split covers."
     value = self.splits[split].difficulty[self.axis]
     return value if isinstance(value, tuple) else (value, value)
+
+@patch
+def enumerated(self: Task,
+    split: str, # name of a split
+    value: int, # of the axis
+) -> dict | None: # problems, or None where the split is drawn
+    "The problems of a split that lie at one value of the axis, where they are listed rather than drawn."
+    problems = self.splits[split].problems
+    if problems is None: return None
+    rows = problems['lengths'] == self.length(value)
+    return {k: v[rows] for k, v in problems.items()}
 
 @patch
 def max_time(self: Task) -> int: # positions

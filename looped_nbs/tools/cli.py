@@ -33,7 +33,7 @@ def read_flags(
             continue
         name, _, value = word[2:].partition('=')
         name = name.replace('-', '_')
-        if name in flags and name != 'plugin': raise FieldError(f'--{name}', value, 'a flag given once')
+        if name in flags and name != 'plugin': raise InputError(f'--{name} is given more than once')
         current = flags.setdefault(name, [])
         if value: current.append(value)
     return words, flags
@@ -122,16 +122,18 @@ def read_experiment(
     "Resolve names, then overrides; leave after showing help where it is asked for."
     rest, wants_help = _without_help(argv)
     words, flags = read_flags(rest)
-    task, model, plugins = _take(flags, 'task'), _take(flags, 'model'), flags.pop('plugin', [])
+    task, model, plugins = _take(flags, 'task'), _take(flags, 'model'), flags.pop('plugin', None)
+    if plugins == []: raise FieldError('--plugin', '', 'a Python file')
+    if 'out' in flags and 'run.out' in flags: raise FieldError('--out', flags['out'], 'absent beside --run.out')
     if len(words) > 1: raise FieldError('preset', ' '.join(words), 'one name, see `looped list presets`')
     name = words[0] if words else ''
-    if not name and (task or wants_help): model = model or 'transformer'
-    if not name and wants_help: task = task or 'parity_check'
+    if not name and wants_help and task is None: task = 'parity_check'
+    if not name and task is not None and model is None: model = 'transformer'
     from looped_nbs.experiments.run import configure
-    experiment = configure(name, task, model, plugins)
+    experiment = configure(name, task, model, plugins or ())
     if wants_help: _help(verb, usage, experiment, sections)
     given = {'run.out' if flag == 'out' else flag: values for flag, values in flags.items()}
-    return configure(name, task, model, plugins, check_flags(given, experiment, sections))
+    return configure(name, task, model, plugins or (), check_flags(given, experiment, sections))
 
 # %% ../../nbs/09_tools/03_cli.ipynb #0e59ed51
 def _report(run):
@@ -164,10 +166,12 @@ def evaluate_verb(
     experiment = load(words[0])[1] if words else configure(task='parity_check', model='transformer')
     sections = ('task', 'evaluate', 'run')
     if wants_help: _help('evaluate', 'RUN [--n-loops N] [--json]', experiment, sections)
-    as_json, loops = flags.pop('json', None) is not None, _take(flags, 'n_loops')
+    as_json, loops = flags.pop('json', None), _take(flags, 'n_loops')
+    if as_json: raise FieldError('--json', ' '.join(as_json), 'no value')
     controls = {} if loops is None else {'n_loops': coerce('n_loops', loops, int)}
     run = evaluate(words[0], check_flags(flags, experiment, sections), **controls)
-    print(dumps(run.summary) if as_json else f'{run.table()}\n\nnumbers  {run.path}/{run.name}.json')
+    if as_json is not None: print(dumps(run.summary))
+    else: print(f'{run.table()}\n\nnumbers  {run.path}/{run.name}.json')
     return 0
 
 # %% ../../nbs/09_tools/03_cli.ipynb #a00f4df6
@@ -178,7 +182,9 @@ def data_verb(
     rest, wants_help = _without_help(argv)
     words, flags = read_flags(rest)
     out, size, seed = (_take(flags, name) for name in ('out', 'size', 'seed'))
-    if words and '/' not in words[0]: words, flags = words[1:], {'task': words[:1]} | flags
+    if words and '/' not in words[0]:
+        if 'task' in flags: raise FieldError('--task', ' '.join(flags['task']), f'absent beside {words[0]}')
+        words, flags = words[1:], {'task': words[:1]} | flags
     rest = [*words, *(w for k, v in flags.items() for w in (f'--{k}', *v)), *['--help'] * wants_help]
     experiment = read_experiment('data', rest, ('task',), 'PRESET|TASK --out FOLDER [--size N] [--seed N]')
     from looped_nbs.core.config import coerce
@@ -196,10 +202,12 @@ def _write_data(task, folder, count, seed):
     from tqdm.auto import tqdm
 
     from looped_nbs.tasks.files import to_examples, write_examples
-    files = {name: folder/f'{name}.txt' for name in task.splits}
+    files = {name: folder/task.files[name] for name in task.splits}
     for file in files.values():
         if file.exists(): raise FieldError('out', str(folder), f'a folder without {file.name}')
-    folder.mkdir(parents=True, exist_ok=True)
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise FieldError('out', str(folder), f'a folder that can be made ({e.strerror})') from None
     def examples(name, size):
         for problem in _problems(task, name, seed, size):
             yield from to_examples(problem, task.symbols, task.answers)
@@ -247,7 +255,7 @@ def _one_line(text):
     lines = [re.sub('[\u2500-\u257f]', ' ', line).strip() for line in text.splitlines()]
     titles = ('parsing error', 'unrecognized options', 'required options', 'missing from')
     message = ' '.join(line for line in lines if line and line.lower() not in titles)
-    return re.sub(r'\s+', ' ', message).split(' For full helptext')[0].strip()
+    return re.sub(r'\s+|-{4,}', ' ', message).split(' For full helptext')[0].strip()
 
 # %% ../../nbs/09_tools/03_cli.ipynb #7b78d998
 _LISTED = ('all', 'models', 'mixers', 'positions', 'tasks', 'codings', 'presets', 'studies')
@@ -290,7 +298,8 @@ def plot_verb(*,
     out: str = '', # picture to write: png, pdf or svg; empty: comparison.png in the first folder's figures
 ) -> None:
     "Draw the curves of finished runs side by side."
-    if not runs: raise FieldError('runs', '', 'one or more run folders')
+    if not runs or len(set(runs)) < len(runs):
+        raise FieldError('runs', ' '.join(runs), 'one or more run folders, each once')
     file = Path(out or f'{runs[0]}/figures/comparison.png')
     if file.suffix not in ('.png', '.pdf', '.svg'):
         raise FieldError('out', out, 'a name that ends in .png, .pdf or .svg')
@@ -368,8 +377,9 @@ def main(
     except KeyboardInterrupt: code, message = 1, 'interrupted'
     except OSError as e: code, message = 1, str(e)
     except SystemExit as e: return e.code or 0
+    except MemoryError as e: code, message = 1, f'out of memory: {e}'
     except RuntimeError as e:
-        if type(e).__name__ != 'Diverged': raise
+        if type(e).__name__ != 'Diverged' and 'alloc' not in str(e): raise
         code, message = 1, str(e)
     print(f'looped: {" ".join(message.split())}', file=sys.stderr)
     return code

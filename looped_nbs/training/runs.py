@@ -16,15 +16,14 @@ import sys
 from pathlib import Path
 
 import torch
-import yaml
 from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .. import __version__
-from ..core.config import Experiment
-from ..core.errors import FieldError, InputError
+import looped_nbs
+from ..core.config import Experiment, read_yaml
+from ..core.errors import DataError, FieldError, InputError
 
 # %% ../../nbs/05_training/02_runs.ipynb #50982aca
 def sync(
@@ -47,19 +46,22 @@ def write_text(
 
 # %% ../../nbs/05_training/02_runs.ipynb #d5154415
 def _git_commit():
-    "The commit of the working directory, or an empty string."
-    ask = ['git', 'rev-parse', 'HEAD']
-    try: return subprocess.run(ask, capture_output=True, text=True, timeout=5).stdout.strip()
+    "The commit of the library, where it runs from a clone; else an empty string."
+    ask, here = ['git', 'rev-parse', 'HEAD'], Path(looped_nbs.__file__).parent
+    try: return subprocess.run(ask, cwd=here, capture_output=True, text=True, timeout=5).stdout.strip()
     except (OSError, subprocess.SubprocessError): return ''
 
 def environment() -> dict: # plain values, for environment.json
     "Describe versions and hardware."
     cuda = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-    return {'looped_nbs': __version__, 'python': sys.version.split()[0], 'torch': torch.__version__,
+    version = looped_nbs.__version__
+    return {'looped_nbs': version, 'python': sys.version.split()[0], 'torch': torch.__version__,
             'commit': _git_commit(), 'machine': platform.machine(), 'system': platform.system(),
             'cpus': os.cpu_count(), 'gpu': cuda, 'threads': torch.get_num_threads()}
 
 # %% ../../nbs/05_training/02_runs.ipynb #0e9b2096
+_PARTS = ('checkpoints', 'figures', 'plugins')
+
 class RunFolder:
     "The folder of one run."
     def __init__(self,
@@ -76,16 +78,19 @@ class RunFolder:
         if run.path.exists() and not run._unborn():
             allowed = 'a folder that does not exist yet (continue an existing run with `looped resume`)'
             raise FieldError('run.out', str(path), allowed)
-        for part in ('checkpoints', 'figures'): (run.path/part).mkdir(parents=True, exist_ok=True)
+        try:
+            for part in _PARTS: (run.path/part).mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise FieldError('run.out', str(path), f'a folder that can be made ({e.strerror})') from None
         run.lock()
+        for file in experiment.run.plugins: shutil.copy(file, run.path/'plugins')
         write_text(run.path/'environment.json', json.dumps(environment(), indent=1))
         write_text(run.path/'config.yaml', experiment.yaml())
         return run
 
     def _unborn(self):
         "Is the folder empty, or was its creation cut off before config.yaml, its last file, was written?"
-        names = {'.lock', 'environment.json', 'environment.json.part', 'config.yaml.part', 'checkpoints',
-                 'figures'}
+        names = {'.lock', 'environment.json', 'environment.json.part', 'config.yaml.part', *_PARTS}
         return self.path.is_dir() and all(p.name in names for p in self.path.iterdir())
 
     @classmethod
@@ -110,11 +115,17 @@ class RunFolder:
 
     def config(self) -> dict: # nested dictionaries
         "Read config.yaml."
-        return yaml.safe_load((self.path/'config.yaml').read_text())
+        return read_yaml(self.path/'config.yaml')
 
     def environment(self) -> dict: # as written when the run began
-        "Read environment.json."
-        return json.loads((self.path/'environment.json').read_text())
+        "Read environment.json; a damaged one raises an `InputError`."
+        file = self.path/'environment.json'
+        try:
+            found = json.loads(file.read_text())
+            if not found['threads'] >= 1: raise ValueError('threads is not a number of at least 1')
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise InputError(f'{file}: damaged ({e})') from None
+        return found
 
 # %% ../../nbs/05_training/02_runs.ipynb #2466343e
 def optimiser_tensors(
@@ -132,6 +143,7 @@ def restore_optimiser(
     tensors: dict[str, torch.Tensor], # what optimiser_tensors returned
 ) -> None:
     "Put stored moments back."
+    if not tensors: raise ValueError('the optimiser has no state')
     params = dict(model.named_parameters())
     for name, value in tensors.items():
         param, _, key = name.rpartition('/')
@@ -186,15 +198,24 @@ def load_checkpoint(self: RunFolder,
     folder = self.path/'checkpoints'/name if name else next(reversed(self.checkpoints()), None)
     if folder is None: return None
     try:
-        state = json.loads((folder/'state.json').read_text())
+        state = _checked(json.loads((folder/'state.json').read_text()), folder.name)
         model.load_state_dict(load_file(folder/'model.safetensors'))
         if optimiser is not None: restore_optimiser(model, optimiser, load_file(folder/'optim.safetensors'))
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as e:
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise InputError(f'{folder}: not a checkpoint of this model ({reason})') from None
     return state
 
-# %% ../../nbs/05_training/02_runs.ipynb #fcf14bc2
+# %% ../../nbs/05_training/02_runs.ipynb #534cf3e9
+def _checked(state, name):
+    "The state of a checkpoint, if it makes sense and belongs to the folder of that name."
+    step, seconds = state['step'], state['seconds']
+    if not isinstance(step, int) or step < 0 or not seconds >= 0:
+        raise ValueError(f'step {step}, {seconds} seconds')
+    if name.startswith('step-') and name != f'step-{step:08d}': raise ValueError(f'it holds step {step}')
+    return state
+
+# %% ../../nbs/05_training/02_runs.ipynb #87e964f8
 @patch
 def log(self: RunFolder,
     step: int, # finished training steps
@@ -207,8 +228,12 @@ def log(self: RunFolder,
 def metrics(self: RunFolder) -> list[dict]: # one dictionary per line
     "Read metrics.jsonl; a last line that a crash cut off is left out."
     file = self.path/'metrics.jsonl'
-    lines = file.read_text().split('\n')[:-1] if file.exists() else []
-    return [json.loads(line) for line in lines]
+    lines, found = file.read_text(errors='replace').split('\n')[:-1] if file.exists() else [], []
+    for number, line in enumerate(lines, 1):
+        try: found.append(json.loads(line) | {'step': int(json.loads(line)['step'])})
+        except (ValueError, TypeError, KeyError):
+            raise DataError(file, number, 'not a line of metrics') from None
+    return found
 
 @patch
 def rewind(self: RunFolder,
