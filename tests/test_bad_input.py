@@ -14,8 +14,6 @@ LOOPED = (*PARITY, '--model', 'looped_transformer')
 COUNTING = ('train', '--task', 'counting_samesymbol', '--model', 'lstm', '--out', 'run')
 REGRESSION = ('train', '--task', 'linear_regression', '--model', 'lstm', '--out', 'run')
 
-later = pytest.mark.xfail(strict=True, reason='not refused yet, or with a traceback')
-
 
 def refuse(words, *fragments):
     "Run in the current folder; check the whole promise."
@@ -86,18 +84,18 @@ NUMBERS = [
         'at least 1'),
     ('model.n-layers', '0', 'at least 1'), ('model.dropout', '1', '[0, 1)'), ('model.dropout', '-0.1',
         '[0, 1)'),
-    ('model.dropout', 'nan', '[0, 1)'), ('model.head-bias', 'maybe', 'true or false'), ('model.init', 'zeros',
-        'gpt2'),
+    ('model.dropout', 'nan', 'a number'), ('model.head-bias', 'maybe', 'true or false'),
+    ('model.init', 'zeros', 'gpt2'),
     ('task.coding', 'lst', "did you mean 'last'?"), ('task.coding', 'prompt', 'last'), ('task.empty-steps',
         '2', 'tape'),
     ('task.empty-steps', '-1', 'at least 0'), ('task.min-length', '0', 'at least 1'),
     ('task.max-length', '0', 'at least 1'), ('task.max-length', '-3', 'at least 1'),
     ('task.test-length', '40', 'at least 41'), ('task.test-length', '-1', 'at least 41'),
-    ('optim.lr', '-1', 'above 0'), ('optim.lr', '0', 'above 0'), ('optim.lr', 'nan', 'above 0'),
+    ('optim.lr', '-1', 'above 0'), ('optim.lr', '0', 'above 0'), ('optim.lr', 'nan', 'a number'),
     ('optim.lr', '1e-400', 'above 0'), ('optim.lr', 'fast', 'a number'), ('optim.lr', '1,5', 'a number'),
-    ('optim.eps', 'nan', 'at least 0'), ('optim.weight-decay', '-1', 'at least 0'), ('optim.name', 'sgd',
+    ('optim.eps', 'nan', 'a number'), ('optim.weight-decay', '-1', 'at least 0'), ('optim.name', 'sgd',
         'adam'),
-    ('optim.clip-norm', 'nan', 'at least 0'), ('optim.schedule', 'linear', 'cosine'),
+    ('optim.clip-norm', 'nan', 'a number'), ('optim.schedule', 'linear', 'cosine'),
     ('optim.warmup-steps', '-1', 'at least 0'), ('optim.betas', '0.9', '2'), ('optim.betas', 'a', 'numbers'),
     ('train.steps', '0', 'at least 1'), ('train.steps', '-5', 'at least 1'), ('train.steps', '1e3',
         'a whole number'),
@@ -109,14 +107,14 @@ NUMBERS = [
                                                                       'FIELD:START:END:ADD:STEPS'),
     ('train.ramps', 'task.max_length:5:40:1:0', 'every 1 or more'),
     ('train.ramps', 'task.max_length:9:4:1:1', 'towards its end'),
-    ('train.ramps', 'task.max_lenght:5:40:1:1', "did you mean 'length'?"),
-    ('train.ramps', 'model.d_model:3:4:1:1', 'model.n_loops'),
+    ('train.ramps', 'task.max_lenght:5:40:1:1', "did you mean 'task.max_length'?"),
+    ('train.ramps', 'model.d_model:3:4:1:1', 'no loops'),
     ('evaluate.examples', '0', 'at least 1'), ('evaluate.every', '0', 'at least 1'),
     ('evaluate.batch-size', '-1', 'at least 1'), ('evaluate.validate-every', '-1', 'at least 0'),
     ('evaluate.select', 'best', "'last'"), ('evaluate.select', 'worst', 'last'),
     ('run.device', 'gpu', 'cpu'), ('run.device', 'cuda:99', 'cpu'), ('run.device', '', 'cpu'),
-    ('run.threads', '-1', 'at least 0'), ('run.track', 'mlflow', 'wandb'), ('run.progress', 'sometimes',
-        'true or false'),
+    ('run.threads', '-1', 'between 0 and 1024'), ('run.track', 'mlflow', 'wandb'),
+    ('run.progress', 'sometimes', 'true or false'),
     ('seed', 'x', 'a whole number'), ('seed', '1.5', 'a whole number'), ('seed', '9' * 5000,
         'a whole number'),
 ]
@@ -127,13 +125,12 @@ def test_value(field, value, allowed, here):
     refuse([*LSTM, f'--{field}', value], field.split('.')[0], field.split('.')[-1].replace('-', '_'), allowed)
 
 
-@later
 @pytest.mark.parametrize(('field', 'value'), [
     ('optim.lr', 'inf'), ('optim.lr', '1e400'), ('optim.eps', 'inf'), ('optim.weight-decay', 'inf'),
     ('optim.min-lr', 'inf'), ('run.device', 'meta'), ('run.threads', '99999999999999'),
     ('model.d-model', '9' * 11), ('model.d-model', '9' * 22), ('run.plugins', 'nowhere.py'),
 ])
-def test_value_that_is_not_refused_yet(field, value, here): refuse([*LSTM, *TINY, f'--{field}', value], value)
+def test_wild_value(field, value, here): refuse([*LSTM, *TINY, f'--{field}', value], value)
 
 
 COMBINATIONS = [
@@ -165,19 +162,19 @@ COMBINATIONS = [
     ((*LSTM, '--task.min-length', '50'), 'task.max_length = 40', 'min_length = 50'),
     ((*LSTM, '--optim.betas', '0.9', '1'), 'optim.betas', '[0, 1)'),
     ((*LSTM, '--optim.betas', '0.9', '0.9', '0.9'), 'optim.betas', '2'),
-    ((*LSTM, '--optim.betas', 'nan', '0.9'), 'optim.betas', '[0, 1)'),
+    ((*LSTM, '--optim.betas', 'nan', '0.9'), 'optim.betas', 'a list of numbers'),
     ((*LSTM, '--out', 'other'), 'out', 'once'),
     ((*COUNTING, '--task.max-count', '0'), 'task.max_count = 0', 'at least 1'),
     ((*COUNTING, '--task.test-count', '50'), 'task.test_count = 50', 'at least 51'),
     ((*COUNTING, '--task.max-total', '99'), 'task.max_total = 99', 'at least 100'),
     ((*COUNTING, '--task.held-out', '0'), 'task.held_out = 0', 'between 1 and'),
     ((*COUNTING, '--task.held-out', '100000'), 'task.held_out = 100000', 'between 1 and'),
-    ((*COUNTING, '--train.ramps', 'task.count:0:5:1:1'), 'count = 0', 'between 1 and 99'),
+    ((*COUNTING, '--train.ramps', 'task.count:0:5:1:1'), 'count = 0', 'between 1 and 50'),
     ((*COUNTING, '--task.data-dir', 'nowhere'), 'val.txt', 'existing'),
     ((*REGRESSION, '--task.coding', 'last'), "task.coding = 'last'", 'prompt'),
     ((*REGRESSION, '--task.n-dims', '0'), 'task.n_dims = 0', 'at least 1'),
     ((*REGRESSION, '--task.test-points', '5'), 'task.test_points = 5', 'at least 12'),
-    ((*REGRESSION, '--train.ramps', 'task.dims:0:9:1:1'), 'dims = 0', 'at least 1'),
+    ((*REGRESSION, '--train.ramps', 'task.dims:0:9:1:1'), 'dims = 0', 'between 1 and 5'),
 ]
 
 
@@ -193,7 +190,7 @@ SILENT = [
     ((*LOOPED, *TINY, '--train.ramps', 'model.n_loops:3:-2:-5:1'), 'train.ramps'),
     ((*LOOPED, *TINY, '--model.loop-dilation', '0'), 'loop_dilation'),
     ((*PARITY, *TINY, '--model', 'transformer', '--model.positions', 'learned', '--model.max-len', '6',
-      '--train.ramps', 'task.max_length:9:4:-5:1'), 'model.max_len = 6'),
+      '--train.ramps', 'task.max_length:9:4:-5:1'), 'where training ends'),
     ((*REGRESSION, '--train.steps', '2', '--evaluate.examples', '2', '--train.ramps', 'task.points:0:9:1:1'),
      'points'),
     ((*COUNTING, '--train.steps', '2', '--evaluate.examples', '2', '--evaluate.every', '50', '--train.ramps',
@@ -204,14 +201,13 @@ SILENT = [
      'causal'),
     ((*PARITY, *TINY, '--model', ''), "model = ''"),
     ((*LSTM, *TINY, '--plugin'), 'plugin'),
-    ((*LSTM, *TINY, '--run.out', 'other'), 'other'),
+    ((*LSTM, *TINY, '--run.out', 'other'), 'run.out'),
     (('data', 'parity_check', '--task', 'even_pairs', '--out', 'data', '--size', '3'), 'task'),
 ]
 
 
-@later
 @pytest.mark.parametrize(('words', 'fragments'), cases(SILENT))
-def test_combination_that_is_not_refused_yet(words, fragments, here): refuse(words, *fragments)
+def test_silent_combination(words, fragments, here): refuse(words, *fragments)
 
 
 # Files and folders
@@ -228,7 +224,6 @@ def test_existing_file(here):
     refuse([*LSTM, *TINY], "run.out = 'run'", 'does not exist yet')
 
 
-@later
 @pytest.mark.parametrize('words', [(*LSTM, *TINY), ('data', 'parity_check', '--size', '3', '--out', 'run'),
                                    ('reproduce', 'demo', '--out', 'run')], ids=lambda words: words[0])
 def test_file_in_the_place_of_a_folder(words, here):
@@ -273,7 +268,7 @@ FOLDERS = [
     (('evaluate', 'parity', '--n-loops', 'x'), "n_loops = 'x'", 'a whole number'),
     (('evaluate', 'parity', '--n-loops'), 'n_loops', 'one value'),
     (('evaluate', 'parity', '--task.coding', 'prompt'), "task.coding = 'prompt'", 'last'),
-    (('evaluate', 'parity', '--task.coding', 'tape'), 'parity'),
+    (('evaluate', 'parity', '--task.coding', 'tape'), 'as it was trained'),
     (('evaluate', 'parity', '--task.max-length', '2'), 'length', 'trained'),
     (('evaluate', 'parity', '--task.test-length', '2'), 'task.test_length = 2', 'at least 5'),
     (('evaluate', 'parity', '--evaluate.examples', '0'), 'evaluate.examples = 0', 'at least 1'),
@@ -300,16 +295,14 @@ def test_run_that_does_not_fit(words, fragments, finished, monkeypatch):
     refuse(words, *fragments)
 
 
-@later
 @pytest.mark.parametrize('words', [('evaluate', 'parity', '--json', 'maybe'), ('evaluate', 'parity',
     '--run.device', 'meta'),
                                    ('evaluate', 'parity', '--run.out', 'other')], ids=' '.join)
-def test_run_that_is_not_refused_yet(words, finished, monkeypatch):
+def test_words_that_evaluation_does_not_take(words, finished, monkeypatch):
     monkeypatch.chdir(finished)
     refuse(words)
 
 
-@later
 @pytest.mark.parametrize('content', ['', '{', '[]', '{}'])
 def test_damaged_summary(content, finished, monkeypatch):
     monkeypatch.chdir(finished)
@@ -328,10 +321,10 @@ def test_damaged_summary(content, finished, monkeypatch):
         'task: [', 'YAML'),
     ('seed: 0', 'seed: [0]', 'seed = [0]'), ('seed: 0', 'seed: 0\n3: 4', 'section = 3'),
     ('plugins: []', 'plugins: [nowhere.py]', "plugin = 'nowhere.py'"),
-    pytest.param('plugins: []', 'plugins:', 'plugins', marks=later),
-    pytest.param('plugins: []', 'plugins: 3', 'plugins', marks=later),
-    pytest.param('seed: 0', 'seed: .inf', 'seed', marks=later),
-    pytest.param('seed: 0', 'seed: 0 # \udcff', 'config.yaml', marks=later),
+    pytest.param('plugins: []', 'plugins:', 'plugins'),
+    pytest.param('plugins: []', 'plugins: 3', 'plugins'),
+    pytest.param('seed: 0', 'seed: .inf', 'seed'),
+    pytest.param('seed: 0', 'seed: 0 # \udcff', 'config.yaml'),
 ], ids=map(str, range(14)))
 def test_damaged_configuration(old, new, fragment, finished, monkeypatch):
     monkeypatch.chdir(finished)
@@ -356,7 +349,6 @@ def test_plugin_that_is_not_python(here):
     refuse(['list', '--plugin', 'mine.txt'], "plugin = 'mine.txt'", '.py')
 
 
-@later
 @pytest.mark.parametrize('words', [('list',), LSTM], ids=['list', 'train'])
 @pytest.mark.parametrize(('content', 'complaint'), [
     ('def f(:\n', 'line 1'), ('x = 1\nraise ValueError("two\\nlines")\n', 'two lines'),
@@ -421,10 +413,9 @@ def test_malformed_line_of_the_test_set(name, here):
     refuse([*COUNTING, *SIZES, '--task.data-dir', 'data'], f'ood_test.txt, line {LINES[name][1]}: ')
 
 
-@later
 @pytest.mark.parametrize('text', ['[["a","a"],["1","2"]]\n', b'\xff\xfe\n', '[' * 100_000 + '\n'],
                          ids=['no-number', 'binary', 'deep'])
-def test_malformed_line_that_is_not_refused_yet(text, here):
+def test_line_that_is_no_example(text, here):
     write(here/'data', text)
     refuse([*COUNTING, *SIZES, '--task.data-dir', 'data'], 'val.txt', 'line 1')
 

@@ -223,7 +223,6 @@ def test_plugins(here):
     assert call('train', '--task', 'all_ones', *plugins, '--task.max-lenght', '3').code == 2
 
 
-@pytest.mark.xfail(strict=True, reason='plugins are kept as they were written, not where they are')
 def test_plugins_are_found_from_another_folder(here, monkeypatch):
     (here/'task.py').write_text(TASK)
     assert call('train', '--task', 'all_ones', '--model', 'lstm', '--plugin', 'task.py', *TINY, '--out',
@@ -252,7 +251,7 @@ def test_data(here):
 
 
 def test_data_that_is_cut_off_leaves_whole_files(here, monkeypatch):
-    sample, calls = Task.sample, iter(range(4))
+    sample, calls = Task.sample, iter(range(2))
     def crash(*args, **difficulty):
         if next(calls, None) is None: raise KeyboardInterrupt
         return sample(*args, **difficulty)
@@ -264,7 +263,6 @@ def test_data_that_is_cut_off_leaves_whole_files(here, monkeypatch):
 COUNTS = ('--task.max-count', '4', '--task.test-count', '7', '--task.max-total', '9', '--task.held-out', '3')
 
 
-@pytest.mark.xfail(strict=True, reason='test.txt is written, ood_test.txt is read')
 def test_data_there_and_back(here):
     assert call('data', 'counting_samesymbol', '--out', 'data', '--size', '50', *COUNTS).code == 0
     fields = {f'task.{k[7:].replace("-", "_")}': int(v) for k, v in zip(COUNTS[::2], COUNTS[1::2],
@@ -277,7 +275,6 @@ def test_data_there_and_back(here):
         assert one.inputs.equal(two.inputs) and one.targets.equal(two.targets)
 
 
-@pytest.mark.xfail(strict=True, reason='rows over the axis draw new problems')
 def test_published_test_set_is_what_is_measured(here):
     "With a folder of data, rows beyond training come from its lines: here one line of one count."
     assert call('data', 'counting_samesymbol', '--out', 'data', '--size', '50', *COUNTS).code == 0

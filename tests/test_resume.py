@@ -319,10 +319,6 @@ def test_damaged_newest_checkpoint(file, damage, damaged):
     assert str(newest(damaged)) in answer.err and tree(damaged) == before
 
 
-soon = pytest.mark.xfail(strict=True, reason='a damaged file of the run folder gives a traceback or passes')
-
-
-@soon
 @pytest.mark.parametrize('text', ['{}', '[]', '{"step": 20}', '{"step": "20", "seconds": 1}',
                                   '{"step": 9999, "seconds": 1}'])
 def test_state_of_a_checkpoint_that_makes_no_sense(text, damaged):
@@ -331,7 +327,6 @@ def test_state_of_a_checkpoint_that_makes_no_sense(text, damaged):
     assert (answer.code, answer.out) == (2, '') and answer.err.count('\n') == 1, answer
 
 
-@soon
 @pytest.mark.parametrize('text', ['', '{', '{}', '{"threads": 0}', '{"threads": "two"}'])
 def test_damaged_environment(text, damaged):
     (damaged/'environment.json').write_text(text)
@@ -339,7 +334,6 @@ def test_damaged_environment(text, damaged):
     assert (answer.code, answer.out) == (2, '') and answer.err.count('\n') == 1, answer
 
 
-@soon
 @pytest.mark.parametrize('text', ['{"step\n', '{}\n', '[]\n', '\0\0\0\0\n'])
 def test_damaged_log(text, damaged):
     "A log is not worth a run: it is refused in one line, or the damaged line is dropped."

@@ -30,7 +30,6 @@ def test_without_the_package(here, monkeypatch):
     for words in ('run.track', "'wandb'", 'looped_nbs[track]'): assert words in answer.err
 
 
-@pytest.mark.xfail(strict=True, reason='the run folder is made before the tracker is looked for')
 def test_without_the_package_no_folder_is_left(here, monkeypatch):
     monkeypatch.setitem(sys.modules, 'wandb', None)
     assert call(*TINY, '--out', 'run').code == 2

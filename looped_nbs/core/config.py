@@ -181,7 +181,7 @@ class Evaluate:
     "What is measured after training, and how closely training is watched."
     examples: int = 256 # examples at every length
     batch_size: int = 256 # examples in one forward pass
-    every: int = 1 # stride of the evaluated lengths
+    every: int = 1 # stride of the evaluated lengths, inside and beyond training
     validate_every: int = 0 # steps between two validations during training; 0: none
     select: str = 'last' # weights to evaluate: last, or best (lowest validation loss)
 

@@ -17,7 +17,6 @@ from ..core.config import STUDIES, read_yaml
 from ..core.errors import FieldError, one_of
 from ..core.registry import lookup
 from ..evaluation.report import Picture, Table, plot_curves, style, table
-from . import demo  # noqa: F401  registers the demo
 from .run import Run, configure, label, resume, train
 from ..training.runs import environment, write_text
 

@@ -60,6 +60,8 @@ class Transformer(SequenceModel):
         coding = coding or task.coding
         if not fields.get('causal', True) and coding in ('prefix', 'prompt'):
             raise FieldError('model.causal', False, f'true for the coding {coding!r}')
+        if fields.get('positions') == 'learned' and fields.get('max_len') is None:
+            raise FieldError('model.max_len', None, f'at least {task.max_time()} when positions = learned')
         return super().from_task(task, coding, **fields)
 
 # %% ../../nbs/03_models/01_transformer.ipynb #09db92e8

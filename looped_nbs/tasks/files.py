@@ -37,7 +37,7 @@ def write_examples(
 # %% ../../nbs/04_tasks/04_files.ipynb #214a2c4e
 def _parse(path, number, line):
     "Tokens and labels of one line, or a `DataError`."
-    try: example = json.loads(line)
+    try: example = json.loads(line.decode())
     except json.JSONDecodeError as e:
         raise DataError(path, number, f'not a JSON array ({e.msg} at column {e.colno})') from None
     except UnicodeDecodeError: raise DataError(path, number, 'not text in UTF-8') from None

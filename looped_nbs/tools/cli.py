@@ -30,6 +30,7 @@ def read_flags(
     for word in argv:
         if not word.startswith('--') or len(word) == 2:
             (words if current is None else current).append(word)
+            if flags and current is flags.get('plugin'): current = None  # one value; the flag may be repeated
             continue
         name, _, value = word[2:].partition('=')
         name = name.replace('-', '_')
@@ -124,7 +125,8 @@ def read_experiment(
     words, flags = read_flags(rest)
     task, model, plugins = _take(flags, 'task'), _take(flags, 'model'), flags.pop('plugin', None)
     if plugins == []: raise FieldError('--plugin', '', 'a Python file')
-    if 'out' in flags and 'run.out' in flags: raise FieldError('--out', flags['out'], 'absent beside --run.out')
+    if 'out' in flags and 'run.out' in flags:
+        raise FieldError('--out', ' '.join(flags['out']), 'absent beside --run.out')
     if len(words) > 1: raise FieldError('preset', ' '.join(words), 'one name, see `looped list presets`')
     name = words[0] if words else ''
     if not name and wants_help and task is None: task = 'parity_check'
@@ -136,22 +138,25 @@ def read_experiment(
     return configure(name, task, model, plugins or (), check_flags(given, experiment, sections))
 
 # %% ../../nbs/09_tools/03_cli.ipynb #0e59ed51
-def _report(run):
+def _report(run, as_json=False):
     "Print a finished run, or say how to go on; return the exit code."
     if run is None:
         print('looped: stopped early; a checkpoint is saved, go on with `looped resume`', file=sys.stderr)
         return 1
-    print(f'{run.table()}\n\nnumbers  {run.path}/summary.json')
-    print(f'figure   {run.path}/figures/generalisation.png')
+    files = f'numbers  {run.path}/summary.json\nfigure   {run.path}/figures/generalisation.png'
+    print(dumps(run.summary) if as_json else f'{run.table()}\n\n{files}')
     return 0
 
 def train_verb(
     argv: Sequence[str], # words after the verb
 ) -> int: # exit code
     "Train a model on a task, then measure how far it generalises."
-    experiment = read_experiment('train', argv, ('task', 'model', 'optim', 'train', 'evaluate', 'run'))
+    rest = [word for word in argv if word != '--json']
+    sections = ('task', 'model', 'optim', 'train', 'evaluate', 'run')
+    usage = '[PRESET] [--task T] [--model M] [--plugin FILE.py] [--json]'
+    experiment = read_experiment('train', rest, sections, usage)
     from looped_nbs.experiments.run import train
-    return _report(train(experiment))
+    return _report(train(experiment), len(rest) < len(argv))
 
 # %% ../../nbs/09_tools/03_cli.ipynb #23b7225e
 def evaluate_verb(
@@ -255,6 +260,7 @@ def _one_line(text):
     lines = [re.sub('[\u2500-\u257f]', ' ', line).strip() for line in text.splitlines()]
     titles = ('parsing error', 'unrecognized options', 'required options', 'missing from')
     message = ' '.join(line for line in lines if line and line.lower() not in titles)
+    message = message.replace('Invalid choice invalid choice', 'invalid choice')
     return re.sub(r'\s+|-{4,}', ' ', message).split(' For full helptext')[0].strip()
 
 # %% ../../nbs/09_tools/03_cli.ipynb #7b78d998
@@ -268,7 +274,7 @@ def list_verb(*,
     "List models, mixers, positions, tasks, codings, presets and studies, one line each."
     from looped_nbs.core.config import PRESETS, STUDIES
     from looped_nbs.core.registry import describe, load_plugin
-    from looped_nbs.experiments import reproduce, run  # noqa: F401  the first registers the demo
+    from looped_nbs.experiments import run
     from looped_nbs.layers.mixer import MIXERS
     from looped_nbs.layers.positions import POSITIONS
     from looped_nbs.tasks.codings import CODINGS
@@ -288,10 +294,11 @@ def _section(title, lines):
 # %% ../../nbs/09_tools/03_cli.ipynb #deacd2bf
 def resume_verb(*,
     run: str, # run folder
+    json: bool = False, # print JSON in place of a table
 ) -> int: # exit code
     "Go on with a run that was stopped, from its newest checkpoint."
     from looped_nbs.experiments.run import resume
-    return _report(resume(run))
+    return _report(resume(run), json)
 
 def plot_verb(*,
     runs: tuple[str, ...], # run folders

@@ -45,8 +45,8 @@ def pick_device(
 ) -> torch.device: # the device
     "Turn `run.device` into a device that exists here."
     if name == 'auto': name = 'cuda' if torch.cuda.is_available() else 'cpu'
-    try: torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError):
+    try: torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
         raise FieldError('run.device', name, 'auto, cpu, or a device this machine has') from None
     return torch.device(name)
 
