@@ -264,7 +264,7 @@ def test_not_a_run(path, verb, finished, monkeypatch):
 FOLDERS = [
     (('evaluate',), 'run', 'one run folder'),
     (('evaluate', 'parity', 'counting'), "run = 'parity counting'", 'one run folder'),
-    (('evaluate', 'parity', '--n-loops', '0'), 'n_loops = 0', 'at least 1'),
+    (('evaluate', 'parity', '--n-loops', '3'), 'n_loops = 3', 'has no loops'),
     (('evaluate', 'parity', '--n-loops', 'x'), "n_loops = 'x'", 'a whole number'),
     (('evaluate', 'parity', '--n-loops'), 'n_loops', 'one value'),
     (('evaluate', 'parity', '--task.coding', 'prompt'), "task.coding = 'prompt'", 'last'),
@@ -276,7 +276,6 @@ FOLDERS = [
     (('evaluate', 'parity', '--run.device', 'gpu'), "run.device = 'gpu'", 'cpu'),
     (('evaluate', 'parity', '--model.d-model', '3'), '--model.d-model', 'one of'),
     (('evaluate', 'parity', '--train.steps', '3'), '--train.steps', 'one of'),
-    (('evaluate', 'parity', '--seed', '3'), 'seed', 'the weights are trained'),
     (('resume',), 'run'),
     (('resume', 'parity', 'counting'), 'counting'),
     (('resume', 'parity', '--train.steps', '9'), '--train.steps'),

@@ -210,7 +210,7 @@ def test_plugins(here):
     "A task and a mixer of one's own: listed, trained, and found again by another process."
     (here/'task.py').write_text(TASK)
     (here/'mixer.py').write_text(MIXER)
-    plugins = ('--plugin', 'task.py', 'mixer.py')
+    plugins = ('--plugin', 'task.py', '--plugin', 'mixer.py')
     assert call('list', 'tasks', '--json', *plugins).json()['tasks']['all_ones'] == 'Is every symbol a one?'
     answer = call('train', '--task', 'all_ones', '--model', 'transformer', '--model.mixer', 'running_mean',
                   *plugins, *TINY,

@@ -23,7 +23,7 @@ def registrar(
             if not (thing.__doc__ or '').strip():
                 raise ValueError(f'{name}: a registered entry needs a docstring')
             if name in table and table[name].__name__ != thing.__name__:
-                raise InputError(f'{name} is already registered, as {table[name].__name__}: take another name')
+                raise InputError(f'{name} is already registered, as {table[name].__name__}: use another name')
             table[name] = thing
             return thing
         return enter

@@ -281,8 +281,8 @@ def evaluate(
 
 def _same_question(asked, taught):
     "Refuse to evaluate under another coding or another training range than the task was taught in."
-    windows = asked.axis_range('train'), taught.axis_range('train')
-    for field, mine, theirs in (('task.coding', asked.coding, taught.coding), (f'task.{asked.axis}', *windows)):
+    window = f'task.{asked.axis}', asked.axis_range('train'), taught.axis_range('train')
+    for field, mine, theirs in (('task.coding', asked.coding, taught.coding), window):
         if mine != theirs: raise FieldError(field, mine, f'{theirs}, as it was trained')
 
 def compare(

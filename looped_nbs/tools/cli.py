@@ -242,7 +242,7 @@ def call(
     from fastcore.docments import docments
     docs, parts = docments(function), []
     for name, p in inspect.signature(function).parameters.items():
-        marks = [tyro.conf.Positional] if name in positional else []
+        marks = [tyro.conf.Positional if name in positional else tyro.conf.UseAppendAction]
         kind = Annotated[(p.annotation, tyro.conf.arg(help=docs.get(name) or ''), *marks)]
         parts.append((name, kind, *([] if p.default is p.empty else [p.default])))
     options, complaint = dataclasses.make_dataclass('Options', parts), io.StringIO()
