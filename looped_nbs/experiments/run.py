@@ -28,7 +28,7 @@ from ..models.base import MODELS, SequenceModel
 from ..tasks import counting as counting_tasks  # noqa: F401  registers tasks
 from ..tasks import regression, regular  # noqa: F401  registers tasks
 from ..tasks.task import TASKS, Task
-from ..training.callbacks import Checkpoints, MetricLog, Progress, WandbLog, import_wandb
+from ..training.callbacks import Checkpoints, MetricLog, Progress, WandbLog, import_wandb, restore
 from ..training.curriculum import Ramp
 from ..training.loop import Trainer, fit, pick_device, pick_threads
 from ..training.runs import RunFolder, write_text
@@ -232,12 +232,13 @@ def load(
 def _go(exp, task, model, folder):
     "Train to the end, evaluate and save."
     trainer = Trainer(model, task, exp)
-    callbacks = [Checkpoints(folder), MetricLog(folder)]
+    restore(trainer, folder)
+    callbacks = [MetricLog(folder)]
     if exp.evaluate.validate_every: callbacks.append(Validate(folder, exp.evaluate))
     if exp.run.track == 'wandb': callbacks.append(WandbLog(folder, exp.to_dict()))
     if exp.run.progress: callbacks.append(Progress(f'{exp.task.name}, {label(exp)}'))
     try:
-        if not fit(trainer, callbacks): return None
+        if not fit(trainer, [*callbacks, Checkpoints(folder)]): return None
         if exp.evaluate.select == 'best': folder.load_checkpoint(model, name='best')
         spent = {'steps': trainer.step, 'seconds': round(trainer.seconds, 1)}
         run = Run(folder.path, measure(exp, task, model, exp.evaluate) | spent)
