@@ -17,14 +17,17 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from looped_nbs.core.batch import Batch
+from looped_nbs.core.config import Optim
 from looped_nbs.interop import chunked, counting, icl
 from looped_nbs.interop.adapt import build, give, take
+from looped_nbs.layers.positions import build_positions
 from looped_nbs.tasks import regular  # noqa: F401, registers the tasks
 from looped_nbs.tasks.codings import CODINGS
 from looped_nbs.tasks.counting import label_addbigram, label_addtable, label_counting
 from looped_nbs.tasks.files import to_problem
 from looped_nbs.tasks.objectives import Regression, TokenClassification
 from looped_nbs.tasks.task import TASKS
+from looped_nbs.training.optim import build_optimiser, learning_rate, set_rate
 
 HERE = Path(__file__).parent/'goldens'
 EXTRA = os.environ.get('LOOPED_NBS_GOLDENS')
@@ -43,12 +46,6 @@ def _files(tasks, files):
 # Stems that have cases but no counterpart in the library yet, by the part of the plan that builds them.
 NOT_BUILT = {
     'part 2': [
-        *_stems('counting', '''
-            ct_ape_initsine_freeze ct_ape_rdmz ct_ape_shift ct_nope_noscale ct_nope_tied
-            ct_rope_identity_mask ct_rope_rdmz ct_rope_shift ct_sine_nullemb ct_sine_shift ct_spe
-            ct_spe_shift lstm_nullemb lstm_tied collator_none collator_randomized collator_scaler_shift
-            collator_shift collator_zooming metric_get_acc train_trace_ct train_trace_lstm train_trace_rnn
-        '''),
         *_stems('chunked', '''
             universal_transformer_postnorm_causal universal_transformer_postnorm_full
             universal_transformer_prenorm_causal universal_transformer_prenorm_full padding
@@ -207,7 +204,8 @@ def _assert_training(case, adapted, model, batch, objective, loss='loss', grads=
     total, count = objective.loss(output, batch)
     case.close(total / count, case[f'out.{loss}'], f'out.{loss}')
     (total / count).backward()
-    theirs, ours = take(case.part(grads), adapted.moves), {n: p.grad for n, p in model.named_parameters()}
+    theirs = take(case.part(grads), adapted.moves)
+    ours = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     idle = {m.ours for m in adapted.moves if m.theirs in case.meta.get('parameters_without_gradient', ())}
     assert set(theirs) == set(ours) - idle
     for name, gradient in theirs.items(): case.close(ours[name], gradient, f'{grads}.{name}')
@@ -264,20 +262,95 @@ def _counting_batch(case, ids, labels):
     return Batch(ids, labels.clamp_min(0), mask, mask, torch.full((len(ids),), ids.shape[1]))
 
 
+def _collate(case, batch, vocab, part):
+    "Give a batch the lengths, mask and helpers of its examples; compare all that the case knows of them."
+    problem = to_problem(case.meta['examples'], vocab, vocab, '<pad>')
+    time = problem['tokens'].shape[1]
+    np.testing.assert_array_equal(case[f'{part}.input_id'][:, :time], problem['tokens'])
+    np.testing.assert_array_equal(case[f'{part}.label'][:, :time], problem['answers'])
+    assert (case[f'{part}.input_id'][:, time:] == vocab.index('<pad>')).all()
+    assert (case[f'{part}.label'][:, time:] == -1).all()
+    batch.lengths = torch.from_numpy(problem['lengths'])
+    pad, helpers = vocab.index('<pad>'), [vocab.index(w) for w in ('<pad>', '<blk>') if w in vocab]
+    batch.key_mask, batch.advance = batch.inputs != pad, ~torch.isin(batch.inputs, torch.tensor(helpers))
+    assert torch.equal(batch.key_mask, case[f'{part}.attention_mask'].bool())
+
+
+def _draw_as_published(scheme, augmentation, seed):
+    "Let a scheme of positions draw from Python's generator, as the study's collator does."
+    kind = {'shift': 'shift', 'scaler+shift': 'shift', 'randomized': 'random'}.get(augmentation)
+    assert scheme.drawn == bool(kind)
+    if kind: scheme.numbering = counting.collator_draws(kind, seed)
+
+
+def _assert_ids(case, ours, name):
+    if case[name].is_floating_point(): case.close(ours, case[name], name)
+    else: assert torch.equal(ours, case[name])
+
+
+def check_collator(case):
+    vocab, augmentation = case.meta['vocab'], case.meta['augmentation']
+    positions, ids = {
+        None: ('rotary', 'plain'), 'shift': ('rotary', 'shift'), 'randomized': ('rotary', 'random'),
+        'scaler+shift': ('scalar', 'shift'), 'zooming': ('scalar', 'zoom')}[augmentation]
+    scheme = build_positions(positions, 8, 2, case.meta['max_position_embeddings'], ids)
+    _draw_as_published(scheme, augmentation, case.meta['python_random_seed'])
+    batch = _counting_batch(case, case['out.input_id'], case['out.label'])
+    assert batch.inputs.shape[1] == case.meta['max_seq_len']
+    _collate(case, batch, vocab, 'out')
+    _assert_ids(case, scheme.draw_ids(batch), 'out.position_id')
+
+
+def _assert_metrics(logits, labels, max_seen, counts):
+    ours = {f'{name}_{kind}': n for name, pair in counting.study_metrics(logits, labels, max_seen).items()
+            for kind, n in zip(('correct', 'total'), pair, strict=True)}
+    assert ours == counts
+
+
+def check_metric(case):
+    for max_seen, counts in case.meta['expected_by_max_seen_len'].items():
+        _assert_metrics(case['in.logits'], case['in.label'], int(max_seen), counts)
+
+
+def check_train_trace(case):
+    adapted = counting.adapt(case.part('param'), case.config)
+    model, steps = build(adapted).train(), case.meta['steps']
+    groups = case.meta.get('groups', [{'lr': case.meta.get('lr'), 'weight_decay': .01}])
+    optim = Optim(lr=groups[0]['lr'], weight_decay=groups[0]['weight_decay'], name='adamw', clip_norm=1.,
+                  warmup_steps=case.meta.get('warmup_steps', 0))
+    optimiser = build_optimiser(model, optim)
+    assert len(groups) == len(optimiser.param_groups) == 1
+    assert groups[0].get('n_tensors') in (None, len(optimiser.param_groups[0]['params']))
+    rates = [learning_rate(optim, step, steps) for step in range(steps)]
+    if 'out.lrs' in case.tensors:
+        case.close(torch.tensor(rates, dtype=torch.double), case['out.lrs'], 'out.lrs')
+    for step, rate in enumerate(rates):
+        batch = _counting_batch(case, case[f'in.step{step}.input_id'], case[f'in.step{step}.label'])
+        if f'in.step{step}.position_id' in case.tensors:
+            batch.position_ids = case[f'in.step{step}.position_id']
+            batch.key_mask = case[f'in.step{step}.attention_mask'].bool()
+        total, count = TokenClassification().loss(model(batch), batch)
+        (total / count).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)
+        case.close(total / count, case['out.losses'][step], f'loss of step {step}')
+        case.close(norm, case['out.grad_norms'][step], f'norm of step {step}')
+        set_rate(optimiser, rate)
+        optimiser.step()
+        optimiser.zero_grad()
+    final = take(case.part('out.final'), adapted.moves, computed=['sine.pe'])
+    assert set(final) == set(model.state_dict())
+    for name, tensor in model.state_dict().items(): case.close(tensor, final[name], name)
+
+
 def check_counting_transformer(case):
     adapted = counting.adapt(case.part('param'), case.config)
     model, vocab = build(adapted).eval(), case.config['vocab']
     _assert_moves(case, adapted, model, computed=['sine.pe'])
     batch = _counting_batch(case, case['in.input_id'], case['in.label'])
-    problem = to_problem(case.meta['examples'], vocab, vocab, '<pad>')
-    time = problem['tokens'].shape[1]
-    np.testing.assert_array_equal(batch.inputs[:, :time], problem['tokens'])
-    np.testing.assert_array_equal(case['in.label'][:, :time], problem['answers'])
-    batch.lengths = torch.from_numpy(problem['lengths'])
-    pad, helpers = vocab.index('<pad>'), [vocab.index(w) for w in ('<pad>', '<blk>') if w in vocab]
-    batch.key_mask, batch.advance = batch.inputs != pad, ~torch.isin(batch.inputs, torch.tensor(helpers))
-    assert torch.equal(batch.key_mask, case['in.attention_mask'].bool())
-    assert torch.equal(model.position_ids(batch), case['in.position_id'])
+    _collate(case, batch, vocab, 'in')
+    _draw_as_published(model.positions, case.meta['augmentation'], case.meta['collator_python_random_seed'])
+    batch.position_ids = model.position_ids(batch)
+    _assert_ids(case, batch.position_ids, 'in.position_id')
     if 'param.sine.pe' in case.tensors:  # a table there, computed here
         table = case['param.sine.pe']
         places = torch.arange(len(table))[None]
@@ -285,6 +358,7 @@ def check_counting_transformer(case):
     output = _assert_training(case, adapted, model, batch, TokenClassification())
     case.close(output.final, case['out.logits'], 'out.logits')
     counts = case.meta['metrics_max_seen_len_6']
+    _assert_metrics(output.final, case['in.label'], 6, counts)
     right, total = TokenClassification().metrics(output, batch)['accuracy']
     assert int(right) == counts['counting_correct'] + counts['last_correct']
     assert int(total) == counts['counting_total'] + counts['last_total']
@@ -292,7 +366,7 @@ def check_counting_transformer(case):
 
 def check_counting_recurrent(case):
     adapted = counting.adapt(case.part('param'), case.config)
-    assert adapted.model == case.stem.removeprefix('counting/')
+    assert adapted.model == case.stem.removeprefix('counting/').split('_')[0]
     model = build(adapted).eval()
     _assert_moves(case, adapted, model)
     batch = _counting_batch(case, case['in.input_id'], case['in.label'])
@@ -341,8 +415,17 @@ BUILT = {
     **dict.fromkeys(_stems('chunked', '''
         task_ibm_parity_check task_ibm_even_pairs task_ibm_cycle_navigation task_ibm_modular_arithmetic
     '''), check_ibm_task),
-    **dict.fromkeys(_stems('counting', 'ct_nope ct_ape ct_rope ct_sine'), check_counting_transformer),
-    **dict.fromkeys(_stems('counting', 'lstm rnn'), check_counting_recurrent),
+    **dict.fromkeys(_stems('counting', '''
+        ct_ape ct_ape_initsine_freeze ct_ape_rdmz ct_ape_shift ct_nope ct_nope_noscale ct_nope_tied
+        ct_rope ct_rope_identity_mask ct_rope_rdmz ct_rope_shift ct_sine ct_sine_nullemb ct_sine_shift
+        ct_spe ct_spe_shift
+    '''), check_counting_transformer),
+    **dict.fromkeys(_stems('counting', 'lstm lstm_nullemb lstm_tied rnn'), check_counting_recurrent),
+    **dict.fromkeys(_stems('counting', '''
+        collator_none collator_randomized collator_scaler_shift collator_shift collator_zooming
+    '''), check_collator),
+    'counting/metric_get_acc': check_metric,
+    **dict.fromkeys(_stems('counting', 'train_trace_ct train_trace_lstm train_trace_rnn'), check_train_trace),
     **dict.fromkeys(_files('counting_samesymbol', '''
         val val_copy ood_test train_deduplicate addbigram_test addtable_test
     '''), check_counting_file),
