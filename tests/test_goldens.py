@@ -46,12 +46,6 @@ def _files(tasks, files):
 # Stems that have cases but no counterpart in the library yet, by the part of the plan that builds them.
 NOT_BUILT = {
     'part 2': [
-        *_stems('chunked', '''
-            universal_transformer_postnorm_causal universal_transformer_postnorm_full
-            universal_transformer_prenorm_causal universal_transformer_prenorm_full padding
-            task_ibm_parallel_parity_check_n2_explicit task_ibm_parallel_parity_check_n3_implicit
-            task_ibm_parallel_parity_check_n4_explicit
-        '''),
         *_files('''
             counting_diffsymbol_mod10 counting_diffsymbol_mod10_padhelper counting_diffsymbol_mod11
             counting_diffsymbol_mod13 counting_diffsymbol_mod14 counting_diffsymbol_mod15
@@ -221,7 +215,7 @@ def _tokens(one_hot):
 
 
 def check_chunked_model(case):
-    adapted = chunked.adapt(case.part('param'), case.config)
+    adapted = chunked.adapt(case.part('param'), case.config | {'architecture': case.meta['architecture']})
     model = build(adapted).train()
     _assert_moves(case, adapted, model)
     tokens, targets = _tokens(case['in.x']), _tokens(case['in.target'])
@@ -238,8 +232,11 @@ def check_chunked_model(case):
 
 
 def check_ibm_task(case):
-    name = case.stem.removeprefix('chunked/task_ibm_')
-    task = TASKS[name]()
+    name, fields = case.stem.removeprefix('chunked/task_ibm_'), {}
+    if name.startswith('parallel'):
+        name, n, kind = re.fullmatch(r'(.*)_n(\d+)_(\w+)', name).groups()
+        fields = {'n_strings': int(n), 'explicit_tokens': kind == 'explicit'}
+    task = TASKS[name](**fields)
     assert (len(task.symbols) <= case.meta['input_size'], task.d_out) == (True, case.meta['output_size'])
     for length, facts in case.meta['lengths'].items():
         tokens, right = case[f'in.len{length}'].numpy(), case[f'out.len{length}'].numpy()
@@ -248,12 +245,36 @@ def check_ibm_task(case):
         np.testing.assert_array_equal(problem['answers'][:, -1], right)
         np.testing.assert_array_equal(problem['answers'], task.label(problem))
         for coding in ('last', 'tape', 'prefix'):
-            seen = TASKS[name](coding=coding).encode(problem)
+            seen = TASKS[name](coding=coding, **fields).encode(problem)
             last = seen.targets[torch.arange(len(right)), seen.lengths - 1]
             np.testing.assert_array_equal(last, right)
         drawn = task.draw(np.random.default_rng(0), 4, length=int(length))['tokens']
         assert drawn.shape[1] == tokens.shape[1] == facts['input_length']
         assert facts['output_length'] == facts['declared_output_length'] == 1
+
+
+def check_padding(case):
+    form = re.compile(r'out\.(ibm|deepmind)_(\w+)_len(\d+)_mult(\d)_(eos0|eos1|empty|targets)')
+    for name in [n for n in case.tensors if n.startswith('out.')]:
+        _, task, length, steps, kind = form.fullmatch(name).groups()
+        label, theirs = name.removeprefix('out.'), case[name]
+        tokens = case[f'in.{label}'].numpy()
+        problem = {'tokens': tokens, 'lengths': np.full(len(tokens), int(length))}
+        n_outputs = {'reverse_string': 4, 'stack_manipulation': 5, 'compute_sqrt': 2}.get(task, 1)
+        problem['outputs'] = np.zeros((len(tokens), n_outputs), int)
+        if kind == 'targets': problem['outputs'] = case[f'in.target_{label}'].numpy()
+        assert problem['outputs'].shape[1] == n_outputs
+        if kind == 'eos0': problem['answers'] = np.zeros_like(tokens)  # empty steps are ignored there
+        coding = {'eos0': 'last', 'targets': 'forced'}.get(kind, 'tape')
+        coding = CODINGS[coding](int(steps) if kind != 'eos0' else 0)
+        symbols = theirs.shape[-1] - 1 - (steps != '0')
+        batch = coding(problem, (*map(str, range(symbols)), *coding.extra()))
+        assert torch.equal(F.one_hot(batch.inputs, theirs.shape[-1]).float(), theirs)
+        if kind != 'eos0':  # outputs are read at the last tokens of the tape, forced ones one earlier
+            early = kind == 'targets'
+            asked = torch.arange(theirs.shape[1]) >= theirs.shape[1] - n_outputs - early
+            if early: asked[-1] = False
+            assert torch.equal(batch.loss_mask, asked.expand(len(tokens), -1))
 
 
 def _counting_batch(case, ids, labels):
@@ -410,11 +431,16 @@ def check_looped_add(case):
 BUILT = {
     **dict.fromkeys(_stems('chunked', '''
         transformer_prenorm_causal transformer_prenorm_full transformer_postnorm_causal
-        transformer_postnorm_full rnn_layers1 rnn_layers2
+        transformer_postnorm_full rnn_layers1 rnn_layers2 universal_transformer_postnorm_causal
+        universal_transformer_postnorm_full universal_transformer_prenorm_causal
+        universal_transformer_prenorm_full
     '''), check_chunked_model),
     **dict.fromkeys(_stems('chunked', '''
         task_ibm_parity_check task_ibm_even_pairs task_ibm_cycle_navigation task_ibm_modular_arithmetic
+        task_ibm_parallel_parity_check_n2_explicit task_ibm_parallel_parity_check_n3_implicit
+        task_ibm_parallel_parity_check_n4_explicit
     '''), check_ibm_task),
+    'chunked/padding': check_padding,
     **dict.fromkeys(_stems('counting', '''
         ct_ape ct_ape_initsine_freeze ct_ape_rdmz ct_ape_shift ct_nope ct_nope_noscale ct_nope_tied
         ct_rope ct_rope_identity_mask ct_rope_rdmz ct_rope_shift ct_sine ct_sine_nullemb ct_sine_shift
