@@ -4,9 +4,11 @@ A case is `<system>/<stem>_<letter>.json`, with a `.safetensors` of the same nam
 tests/goldens or in the folder that the environment variable LOOPED_NBS_GOLDENS names. A stem stands in BUILT
 or in NOT_BUILT; in neither, it fails.
 """
+import functools
 import json
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,10 +23,17 @@ from looped_nbs.core.config import Optim
 from looped_nbs.interop import chunked, counting, icl
 from looped_nbs.interop.adapt import build, give, take
 from looped_nbs.layers.positions import build_positions
-from looped_nbs.tasks import regular  # noqa: F401, registers the tasks
+from looped_nbs.tasks import (  # noqa: F401, register the tasks
+    counting_modular,
+    counting_shifted,
+    regular,
+)
 from looped_nbs.tasks.codings import CODINGS
-from looped_nbs.tasks.counting import label_addbigram, label_addtable, label_counting
-from looped_nbs.tasks.files import to_problem
+from looped_nbs.tasks.counting import label_counting
+from looped_nbs.tasks.counting_auxiliary import label_addbigram, label_addtable, label_fillers
+from looped_nbs.tasks.counting_raspl import label_raspl
+from looped_nbs.tasks.counting_selective import label_selective
+from looped_nbs.tasks.files import to_examples, to_problem
 from looped_nbs.tasks.objectives import Regression, TokenClassification
 from looped_nbs.tasks.task import TASKS
 from looped_nbs.training.optim import build_optimiser, learning_rate, set_rate
@@ -43,59 +52,67 @@ def _files(tasks, files):
     return [f'counting/tasks/{task}/{file}' for task in tasks.split() for file in files.split()]
 
 
+# Published files of the counting study, each with its tests.
+COUNTING_FILES = [
+    *_files('counting_samesymbol', '''
+        val val_copy ood_test train_deduplicate addbigram_test addtable_test
+    '''),
+    *_files('''
+        counting_diffsymbol_mod10 counting_diffsymbol_mod10_padhelper counting_diffsymbol_mod11
+        counting_diffsymbol_mod13 counting_diffsymbol_mod14 counting_diffsymbol_mod15
+        counting_diffsymbol_mod16 counting_diffsymbol_mod17 counting_diffsymbol_mod18
+        counting_diffsymbol_shiftedstart counting_samesymbol_addbigram counting_samesymbol_mod10_100_200
+        counting_samesymbol_mod10_padhelper counting_samesymbol_mod10bos counting_samesymbol_mod11
+        counting_samesymbol_mod13 counting_samesymbol_mod14 counting_samesymbol_mod15
+        counting_samesymbol_mod16 counting_samesymbol_mod17 counting_samesymbol_mod18
+        counting_samesymbol_mod19 counting_samesymbol_mod20
+        counting_samesymbol_shiftedstart3__tr25_te100__ counting_samesymbol_shiftedstart3__tr25_te50__
+        counting_samesymbol_shiftedstart3__tr50_te100__ counting_selective counting_selective_10items
+        counting_selective_10items2 counting_selective_10items2bos counting_selective_modular_4items
+        debug
+    ''', 'ood_test val'),
+    *_files('''
+        counting_diffsymbol_mod10_100_200 counting_diffsymbol_mod19 counting_diffsymbol_mod20
+        counting_raspL counting_samesymbol_shiftedstart3__tr25_te200__
+        counting_samesymbol_shiftedstart3__tr50_te200__ counting_selective_10items_padhelper
+        counting_selective_10items_padhelper2 counting_selective_padhelper
+    ''', 'val'),
+    *_files('''
+        counting_diffsymbol_addbigram counting_samesymbol_plain counting_samesymbol_plain3_nobos
+    ''', 'addbigram_test ood_test val'),
+    *_files('''
+        counting_samesymbol_shiftedstart counting_samesymbol_shiftedstart2
+        counting_samesymbol_shiftedstart3
+    ''', 'addtable_test ood_test val'),
+    *_files('''
+        counting_samesymbol_plain2 counting_samesymbol_plain3
+    ''', 'addbigram_blkseq_test addbigram_nullseq_test addbigram_test ood_test val'),
+    *_files('''
+        counting_samesymbol_shiftedstart2_padhelper counting_samesymbol_shiftedstart3_padhelper
+    ''', 'addtable_padhelper_test ood_test val'),
+    *_files('addbigram_blkseq', 'addbigram_blkseq_test'),
+    *_files('addbigram_nullseq', 'addbigram_nullseq_test'),
+    *_files('addbigram_shiftedblkseq', 'addbigram_shiftedblkseq_test'),
+    *_files('''
+        counting_samesymbol_shiftedstart4
+    ''', 'addbigram_shiftedblkseq_test addbigram_shiftednullseq_test ood_test val'),
+    *_files('addbigram_shiftednullseq', 'addbigram_shiftednullseq_test'),
+    *_files('addbigram', 'addbigram_test'),
+    *_files('addbigram_upto200', 'addbigram_upto200_test'),
+    *_files('addtable_padhelper', 'addtable_padhelper_test'),
+    *_files('counting_samesymbol_padhelper', 'addtable_padhelper_test ood_test train_deduplicate val'),
+    *_files('addtable', 'addtable_test'),
+    *_files('''
+        counting_samesymbol_mod10
+    ''', 'corrupted_tokenemb ood_test ood_test_100_200 ood_test_long val'),
+    *_files('counting_samesymbol_blankhelper', 'ood_test train_deduplicate val'),
+    *_files('counting_diffsymbol', 'ood_test train_deduplicate val val_copy'),
+]
+
+
 # Stems that have cases but no counterpart in the library yet, by the part of the plan that builds them.
 NOT_BUILT = {
     'part 2': [
-        *_files('''
-            counting_diffsymbol_mod10 counting_diffsymbol_mod10_padhelper counting_diffsymbol_mod11
-            counting_diffsymbol_mod13 counting_diffsymbol_mod14 counting_diffsymbol_mod15
-            counting_diffsymbol_mod16 counting_diffsymbol_mod17 counting_diffsymbol_mod18
-            counting_diffsymbol_shiftedstart counting_samesymbol_addbigram counting_samesymbol_mod10_100_200
-            counting_samesymbol_mod10_padhelper counting_samesymbol_mod10bos counting_samesymbol_mod11
-            counting_samesymbol_mod13 counting_samesymbol_mod14 counting_samesymbol_mod15
-            counting_samesymbol_mod16 counting_samesymbol_mod17 counting_samesymbol_mod18
-            counting_samesymbol_mod19 counting_samesymbol_mod20
-            counting_samesymbol_shiftedstart3__tr25_te100__ counting_samesymbol_shiftedstart3__tr25_te50__
-            counting_samesymbol_shiftedstart3__tr50_te100__ counting_selective counting_selective_10items
-            counting_selective_10items2 counting_selective_10items2bos counting_selective_modular_4items
-            debug
-        ''', 'ood_test val'),
-        *_files('''
-            counting_diffsymbol_mod10_100_200 counting_diffsymbol_mod19 counting_diffsymbol_mod20
-            counting_raspL counting_samesymbol_shiftedstart3__tr25_te200__
-            counting_samesymbol_shiftedstart3__tr50_te200__ counting_selective_10items_padhelper
-            counting_selective_10items_padhelper2 counting_selective_padhelper
-        ''', 'val'),
-        *_files('''
-            counting_diffsymbol_addbigram counting_samesymbol_plain counting_samesymbol_plain3_nobos
-        ''', 'addbigram_test ood_test val'),
-        *_files('''
-            counting_samesymbol_shiftedstart counting_samesymbol_shiftedstart2
-            counting_samesymbol_shiftedstart3
-        ''', 'addtable_test ood_test val'),
-        *_files('''
-            counting_samesymbol_plain2 counting_samesymbol_plain3
-        ''', 'addbigram_blkseq_test addbigram_nullseq_test addbigram_test ood_test val'),
-        *_files('''
-            counting_samesymbol_shiftedstart2_padhelper counting_samesymbol_shiftedstart3_padhelper
-        ''', 'addtable_padhelper_test ood_test val'),
-        *_files('addbigram_blkseq', 'addbigram_blkseq_test'),
-        *_files('addbigram_nullseq', 'addbigram_nullseq_test'),
-        *_files('addbigram_shiftedblkseq', 'addbigram_shiftedblkseq_test'),
-        *_files('''
-            counting_samesymbol_shiftedstart4
-        ''', 'addbigram_shiftedblkseq_test addbigram_shiftednullseq_test ood_test val'),
-        *_files('addbigram_shiftednullseq', 'addbigram_shiftednullseq_test'),
-        *_files('addbigram', 'addbigram_test'),
-        *_files('addbigram_upto200', 'addbigram_upto200_test'),
-        *_files('addtable_padhelper', 'addtable_padhelper_test'),
-        *_files('counting_samesymbol_padhelper', 'addtable_padhelper_test ood_test train_deduplicate val'),
-        *_files('addtable', 'addtable_test'),
-        *_files('''
-            counting_samesymbol_mod10
-        ''', 'corrupted_tokenemb ood_test ood_test_100_200 ood_test_long val'),
-        *_files('counting_samesymbol_blankhelper', 'ood_test train_deduplicate val'),
-        *_files('counting_diffsymbol', 'ood_test train_deduplicate val val_copy'),
     ],
     'part 3': _stems('linear_fwp', '''
         dataset eval layer_Attentionlayer layer_FastFFlayer layer_LinearAttentionlayer layer_QuasiLSTMlayer
@@ -395,18 +412,48 @@ def check_counting_recurrent(case):
     case.close(output.final, case['out.logits'], 'out.logits')
 
 
+FILE_RULES = (  # folder and file: the rule of its lines, where that is not the rule of the folder's task
+    (r'.*/addbigram_(upto200_)?test', label_addbigram),
+    (r'.*/addbigram_\w*seq_test', label_fillers),
+    (r'.*/addtable_\w*test', label_addtable),
+    (r'debug/.*', label_selective),
+    (r'\w*symbol_addbigram/.*', label_counting),
+    (r'.*/corrupted_tokenemb', lambda tokens: TASKS['counting_samesymbol_mod10']().rule(['a'] * len(tokens))),
+)
+FILE_TASKS = {  # where no task has the name of the folder and the file needs another vocabulary
+    'debug': 'counting_selective', 'addbigram': 'counting_samesymbol',
+    'addbigram_blkseq': 'counting_samesymbol_plain2_addbigram_blkseq',
+    'addbigram_nullseq': 'counting_samesymbol_plain2_addbigram_nullseq',
+    'addbigram_shiftedblkseq': 'counting_samesymbol_shiftedstart4_addbigram_blkseq',
+    'addbigram_shiftednullseq': 'counting_samesymbol_shiftedstart4_addbigram_nullseq',
+    'addbigram_upto200': 'counting_samesymbol_shiftedstart3__tr25_te200__', 'addtable': 'counting_samesymbol',
+    'addtable_padhelper': 'counting_samesymbol_padhelper',
+}
+
+
+@functools.cache
+def _counting_task(folder, file=''):
+    "The task whose data a folder holds; an auxiliary file belongs to the task that is mixed with it."
+    if folder in FILE_TASKS: return TASKS[FILE_TASKS[folder]]()
+    auxiliary = re.sub(r'_(padhelper_)?test$', '', file)
+    tasks = [task() for name, task in TASKS.items() if re.fullmatch(rf'{folder}(_add\w+)?', name)]
+    mixed = [task for task in tasks if task.auxiliary and auxiliary.startswith(task.auxiliary)]
+    return sorted(mixed, key=lambda task: -len(task.auxiliary))[0] if mixed else tasks[0]
+
+
 def check_counting_file(case):
-    kind, examples = case.stem.split('/')[-1], case.meta['examples']
-    label = {'addbigram_test': label_addbigram, 'addtable_test': label_addtable}.get(kind, label_counting)
+    folder, file = case.stem.split('/')[-2:]
+    task, examples = _counting_task(folder, file), case.meta['examples']
+    rule = next((r for pattern, r in FILE_RULES if re.fullmatch(pattern, f'{folder}/{file}')), task.define)
     assert examples
-    for tokens, labels in examples: assert label(tokens) == labels, tokens
-    task = TASKS['counting_samesymbol']()
+    for tokens, labels in examples:
+        assert (label_raspl(tokens, labels[-1]) if 'raspL' in folder else rule(tokens)) == labels, tokens
     problem = to_problem(examples, task.symbols, task.answers, '<pad>', case.path)
     batch = task.encode(problem)
     rows = zip(batch.targets, batch.loss_mask, strict=True)
     shown = [[task.answers[y] for y in targets[mask]] for targets, mask in rows]
-    assert shown == [labels for _, labels in examples]
-    if label is label_counting: np.testing.assert_array_equal(task.label(problem), problem['answers'])
+    assert shown == [[y for y in labels if y != '-1'] for _, labels in examples]
+    if rule == task.define: np.testing.assert_array_equal(task.label(problem), problem['answers'])
 
 
 def check_looped_add(case):
@@ -452,9 +499,7 @@ BUILT = {
     '''), check_collator),
     'counting/metric_get_acc': check_metric,
     **dict.fromkeys(_stems('counting', 'train_trace_ct train_trace_lstm train_trace_rnn'), check_train_trace),
-    **dict.fromkeys(_files('counting_samesymbol', '''
-        val val_copy ood_test train_deduplicate addbigram_test addtable_test
-    '''), check_counting_file),
+    **dict.fromkeys(COUNTING_FILES, check_counting_file),
     'icl/looped_add': check_looped_add,
 }
 
@@ -492,3 +537,55 @@ def test_case(name):
     case = Case(name.split('@')[0], FOUND[name])
     BUILT[stem](case)
     assert set(case.tensors) == case.read, 'a tensor of the case was not compared'
+
+
+# Folders whose validation lines are drawn: only their number and vocabulary are known beforehand.
+DRAWN = {
+    'counting_samesymbol', 'counting_diffsymbol', 'counting_samesymbol_blankhelper',
+    'counting_samesymbol_padhelper', 'counting_samesymbol_shiftedstart', 'counting_diffsymbol_shiftedstart',
+    'counting_samesymbol_shiftedstart2', 'counting_samesymbol_shiftedstart2_padhelper',
+}
+SPLITS = {'val.txt': 'val', 'ood_test.txt': 'test'}
+
+
+def _statistics(task, problems):
+    "What stats.json says of a file, of problems."
+    lines = list(to_examples(problems, task.symbols, task.answers))
+    tokens, labels = zip(*lines, strict=True)
+    seen, effective = ([sum(w not in helpers for w in line) for line in tokens]
+                       for helpers in (('<pad>',), ('<pad>', '<blk>')))
+    asked = [sum(y != '-1' for y in line) for line in labels]
+    return {
+        'num_lines': len(lines), 'max_seen_len': max(seen),
+        **{name: {str(v): n for v, n in Counter(values).items()} for name, values in (
+            ('input_len', map(len, tokens)), ('n_supervised', asked), ('effective_len', effective))},
+        **{name: dict(Counter(w for line in words for w in line)) for name, words in (
+            ('vocab_in_counts', tokens), ('vocab_out_counts', labels))},
+    }
+
+
+STATISTICS = [
+    (path.parent.name, file) for path in sorted(HERE.glob('counting/tasks/*/stats.json'))
+    for file in json.loads(path.read_text()) if path.parent.name.startswith('counting_')
+    and (file in SPLITS or re.match('add.*_test', file)) and not path.parent.name.endswith('symbol_addbigram')
+]
+
+
+@pytest.mark.parametrize('folder, file', STATISTICS)
+def test_statistics_of_regenerated_splits(folder, file):
+    theirs = json.loads((HERE/'counting/tasks'/folder/'stats.json').read_text())[file]
+    stem = file.removesuffix('.txt')
+    task = _counting_task(folder, '' if file in SPLITS else stem)
+    split = SPLITS.get(file, stem)
+    if split not in task.splits: task = type(task)(auxiliary=stem.removesuffix('_test'))
+    ours = _statistics(task, task.splits[split].problems)
+    assert task.splits[split].size == ours['num_lines']
+    drawn = folder in DRAWN and split == 'val'
+    lengths = ['max_seen_len', 'input_len', 'n_supervised', 'effective_len']
+    same = ['num_lines'] + ([] if drawn else lengths)
+    assert {k: ours[k] for k in same} == {k: theirs[k] for k in same}
+    if drawn: assert set(theirs['vocab_in_counts']) | set(theirs['vocab_out_counts']) <= {*task.symbols, '-1'}
+    for name in () if drawn else ('vocab_in_counts', 'vocab_out_counts'):
+        assert set(ours[name]) == set(theirs[name])
+        fixed = 'selective' not in folder and 'raspL' not in folder
+        if fixed and ('diffsymbol' not in folder or 'out' in name): assert ours[name] == theirs[name]
