@@ -26,14 +26,7 @@ from . import chunked, counting, icl  # noqa: F401  registers presets
 from ..models import recurrent, transformer  # noqa: F401  registers models
 from ..models.base import MODELS, SequenceModel
 from ..tasks import counting as counting_tasks  # noqa: F401  registers tasks
-from looped_nbs.tasks import (  # noqa: F401  register tasks
-    counting_modular,
-    counting_raspl,
-    counting_selective,
-    counting_shifted,
-    regression,
-    regular,
-)
+from ..tasks import regression, regular  # noqa: F401  registers tasks
 from ..tasks.task import TASKS, Task
 from ..training.callbacks import Checkpoints, MetricLog, Progress, WandbLog
 from ..training.curriculum import Curriculum
@@ -82,7 +75,7 @@ def build(
     with torch_stream(exp.seed, 'init'):
         cls = lookup(MODELS, 'model', exp.model.name)
         model = _inside('model', lambda: cls.from_task(task, **exp.model.kwargs))
-    model.check_time(task.max_time())
+    model.check_time(task.max_positions())
     curriculum = Curriculum(exp.train.ramps)
     for step in (0, exp.train.steps - 1):
         controls = curriculum(step)
