@@ -26,7 +26,14 @@ from . import chunked, counting, icl  # noqa: F401  registers presets
 from ..models import recurrent, transformer  # noqa: F401  registers models
 from ..models.base import MODELS, SequenceModel
 from ..tasks import counting as counting_tasks  # noqa: F401  registers tasks
-from ..tasks import regression, regular  # noqa: F401  registers tasks
+from looped_nbs.tasks import (  # noqa: F401  register tasks
+    counting_modular,
+    counting_raspl,
+    counting_selective,
+    counting_shifted,
+    regression,
+    regular,
+)
 from ..tasks.task import TASKS, Task
 from ..training.callbacks import Checkpoints, MetricLog, Progress, WandbLog
 from ..training.curriculum import Curriculum
