@@ -87,6 +87,8 @@ class SequenceModel(nn.Module):
     ) -> 'SequenceModel': # a model that fits the task
         "Build a model with the task's vocabularies; refuse a coding that it cannot be trained on."
         one_of('task.coding', coding or task.coding, cls.codings)
+        if fields.get('null_row') and task.in_vocab[:1] != ('<null>',):
+            raise FieldError('null_row', True, 'false unless the first token of the task is <null>')
         return cls(task.d_in, task.d_out, task.features, **fields)
 
     def position_ids(self,
