@@ -4,9 +4,11 @@ A case is `<system>/<stem>_<letter>.json`, with a `.safetensors` of the same nam
 tests/goldens or in the folder that the environment variable LOOPED_NBS_GOLDENS names. A stem stands in BUILT
 or in NOT_BUILT; in neither, it fails.
 """
+import functools
 import json
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,14 +19,24 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from looped_nbs.core.batch import Batch
+from looped_nbs.core.config import Optim
 from looped_nbs.interop import chunked, counting, icl
 from looped_nbs.interop.adapt import build, give, take
-from looped_nbs.tasks import regular  # noqa: F401, registers the tasks
+from looped_nbs.layers.positions import build_positions
+from looped_nbs.tasks import (  # noqa: F401, register the tasks
+    counting_modular,
+    counting_shifted,
+    regular,
+)
 from looped_nbs.tasks.codings import CODINGS
-from looped_nbs.tasks.counting import label_addbigram, label_addtable, label_counting
-from looped_nbs.tasks.files import to_problem
+from looped_nbs.tasks.counting import label_counting
+from looped_nbs.tasks.counting_auxiliary import label_addbigram, label_addtable, label_fillers
+from looped_nbs.tasks.counting_raspl import label_raspl
+from looped_nbs.tasks.counting_selective import label_selective
+from looped_nbs.tasks.files import to_examples, to_problem
 from looped_nbs.tasks.objectives import Regression, TokenClassification
 from looped_nbs.tasks.task import TASKS
+from looped_nbs.training.optim import build_optimiser, learning_rate, set_rate
 
 HERE = Path(__file__).parent/'goldens'
 EXTRA = os.environ.get('LOOPED_NBS_GOLDENS')
@@ -40,71 +52,67 @@ def _files(tasks, files):
     return [f'counting/tasks/{task}/{file}' for task in tasks.split() for file in files.split()]
 
 
+# Published files of the counting study, each with its tests.
+COUNTING_FILES = [
+    *_files('counting_samesymbol', '''
+        val val_copy ood_test train_deduplicate addbigram_test addtable_test
+    '''),
+    *_files('''
+        counting_diffsymbol_mod10 counting_diffsymbol_mod10_padhelper counting_diffsymbol_mod11
+        counting_diffsymbol_mod13 counting_diffsymbol_mod14 counting_diffsymbol_mod15
+        counting_diffsymbol_mod16 counting_diffsymbol_mod17 counting_diffsymbol_mod18
+        counting_diffsymbol_shiftedstart counting_samesymbol_addbigram counting_samesymbol_mod10_100_200
+        counting_samesymbol_mod10_padhelper counting_samesymbol_mod10bos counting_samesymbol_mod11
+        counting_samesymbol_mod13 counting_samesymbol_mod14 counting_samesymbol_mod15
+        counting_samesymbol_mod16 counting_samesymbol_mod17 counting_samesymbol_mod18
+        counting_samesymbol_mod19 counting_samesymbol_mod20
+        counting_samesymbol_shiftedstart3__tr25_te100__ counting_samesymbol_shiftedstart3__tr25_te50__
+        counting_samesymbol_shiftedstart3__tr50_te100__ counting_selective counting_selective_10items
+        counting_selective_10items2 counting_selective_10items2bos counting_selective_modular_4items
+        debug
+    ''', 'ood_test val'),
+    *_files('''
+        counting_diffsymbol_mod10_100_200 counting_diffsymbol_mod19 counting_diffsymbol_mod20
+        counting_raspL counting_samesymbol_shiftedstart3__tr25_te200__
+        counting_samesymbol_shiftedstart3__tr50_te200__ counting_selective_10items_padhelper
+        counting_selective_10items_padhelper2 counting_selective_padhelper
+    ''', 'val'),
+    *_files('''
+        counting_diffsymbol_addbigram counting_samesymbol_plain counting_samesymbol_plain3_nobos
+    ''', 'addbigram_test ood_test val'),
+    *_files('''
+        counting_samesymbol_shiftedstart counting_samesymbol_shiftedstart2
+        counting_samesymbol_shiftedstart3
+    ''', 'addtable_test ood_test val'),
+    *_files('''
+        counting_samesymbol_plain2 counting_samesymbol_plain3
+    ''', 'addbigram_blkseq_test addbigram_nullseq_test addbigram_test ood_test val'),
+    *_files('''
+        counting_samesymbol_shiftedstart2_padhelper counting_samesymbol_shiftedstart3_padhelper
+    ''', 'addtable_padhelper_test ood_test val'),
+    *_files('addbigram_blkseq', 'addbigram_blkseq_test'),
+    *_files('addbigram_nullseq', 'addbigram_nullseq_test'),
+    *_files('addbigram_shiftedblkseq', 'addbigram_shiftedblkseq_test'),
+    *_files('''
+        counting_samesymbol_shiftedstart4
+    ''', 'addbigram_shiftedblkseq_test addbigram_shiftednullseq_test ood_test val'),
+    *_files('addbigram_shiftednullseq', 'addbigram_shiftednullseq_test'),
+    *_files('addbigram', 'addbigram_test'),
+    *_files('addbigram_upto200', 'addbigram_upto200_test'),
+    *_files('addtable_padhelper', 'addtable_padhelper_test'),
+    *_files('counting_samesymbol_padhelper', 'addtable_padhelper_test ood_test train_deduplicate val'),
+    *_files('addtable', 'addtable_test'),
+    *_files('''
+        counting_samesymbol_mod10
+    ''', 'corrupted_tokenemb ood_test ood_test_100_200 ood_test_long val'),
+    *_files('counting_samesymbol_blankhelper', 'ood_test train_deduplicate val'),
+    *_files('counting_diffsymbol', 'ood_test train_deduplicate val val_copy'),
+]
+
+
 # Stems that have cases but no counterpart in the library yet, by the part of the plan that builds them.
 NOT_BUILT = {
     'part 2': [
-        *_stems('counting', '''
-            ct_ape_initsine_freeze ct_ape_rdmz ct_ape_shift ct_nope_noscale ct_nope_tied
-            ct_rope_identity_mask ct_rope_rdmz ct_rope_shift ct_sine_nullemb ct_sine_shift ct_spe
-            ct_spe_shift lstm_nullemb lstm_tied collator_none collator_randomized collator_scaler_shift
-            collator_shift collator_zooming metric_get_acc train_trace_ct train_trace_lstm train_trace_rnn
-        '''),
-        *_stems('chunked', '''
-            universal_transformer_postnorm_causal universal_transformer_postnorm_full
-            universal_transformer_prenorm_causal universal_transformer_prenorm_full padding
-            task_ibm_parallel_parity_check_n2_explicit task_ibm_parallel_parity_check_n3_implicit
-            task_ibm_parallel_parity_check_n4_explicit
-        '''),
-        *_files('''
-            counting_diffsymbol_mod10 counting_diffsymbol_mod10_padhelper counting_diffsymbol_mod11
-            counting_diffsymbol_mod13 counting_diffsymbol_mod14 counting_diffsymbol_mod15
-            counting_diffsymbol_mod16 counting_diffsymbol_mod17 counting_diffsymbol_mod18
-            counting_diffsymbol_shiftedstart counting_samesymbol_addbigram counting_samesymbol_mod10_100_200
-            counting_samesymbol_mod10_padhelper counting_samesymbol_mod10bos counting_samesymbol_mod11
-            counting_samesymbol_mod13 counting_samesymbol_mod14 counting_samesymbol_mod15
-            counting_samesymbol_mod16 counting_samesymbol_mod17 counting_samesymbol_mod18
-            counting_samesymbol_mod19 counting_samesymbol_mod20
-            counting_samesymbol_shiftedstart3__tr25_te100__ counting_samesymbol_shiftedstart3__tr25_te50__
-            counting_samesymbol_shiftedstart3__tr50_te100__ counting_selective counting_selective_10items
-            counting_selective_10items2 counting_selective_10items2bos counting_selective_modular_4items
-            debug
-        ''', 'ood_test val'),
-        *_files('''
-            counting_diffsymbol_mod10_100_200 counting_diffsymbol_mod19 counting_diffsymbol_mod20
-            counting_raspL counting_samesymbol_shiftedstart3__tr25_te200__
-            counting_samesymbol_shiftedstart3__tr50_te200__ counting_selective_10items_padhelper
-            counting_selective_10items_padhelper2 counting_selective_padhelper
-        ''', 'val'),
-        *_files('''
-            counting_diffsymbol_addbigram counting_samesymbol_plain counting_samesymbol_plain3_nobos
-        ''', 'addbigram_test ood_test val'),
-        *_files('''
-            counting_samesymbol_shiftedstart counting_samesymbol_shiftedstart2
-            counting_samesymbol_shiftedstart3
-        ''', 'addtable_test ood_test val'),
-        *_files('''
-            counting_samesymbol_plain2 counting_samesymbol_plain3
-        ''', 'addbigram_blkseq_test addbigram_nullseq_test addbigram_test ood_test val'),
-        *_files('''
-            counting_samesymbol_shiftedstart2_padhelper counting_samesymbol_shiftedstart3_padhelper
-        ''', 'addtable_padhelper_test ood_test val'),
-        *_files('addbigram_blkseq', 'addbigram_blkseq_test'),
-        *_files('addbigram_nullseq', 'addbigram_nullseq_test'),
-        *_files('addbigram_shiftedblkseq', 'addbigram_shiftedblkseq_test'),
-        *_files('''
-            counting_samesymbol_shiftedstart4
-        ''', 'addbigram_shiftedblkseq_test addbigram_shiftednullseq_test ood_test val'),
-        *_files('addbigram_shiftednullseq', 'addbigram_shiftednullseq_test'),
-        *_files('addbigram', 'addbigram_test'),
-        *_files('addbigram_upto200', 'addbigram_upto200_test'),
-        *_files('addtable_padhelper', 'addtable_padhelper_test'),
-        *_files('counting_samesymbol_padhelper', 'addtable_padhelper_test ood_test train_deduplicate val'),
-        *_files('addtable', 'addtable_test'),
-        *_files('''
-            counting_samesymbol_mod10
-        ''', 'corrupted_tokenemb ood_test ood_test_100_200 ood_test_long val'),
-        *_files('counting_samesymbol_blankhelper', 'ood_test train_deduplicate val'),
-        *_files('counting_diffsymbol', 'ood_test train_deduplicate val val_copy'),
     ],
     'part 3': _stems('linear_fwp', '''
         dataset eval layer_Attentionlayer layer_FastFFlayer layer_LinearAttentionlayer layer_QuasiLSTMlayer
@@ -207,7 +215,8 @@ def _assert_training(case, adapted, model, batch, objective, loss='loss', grads=
     total, count = objective.loss(output, batch)
     case.close(total / count, case[f'out.{loss}'], f'out.{loss}')
     (total / count).backward()
-    theirs, ours = take(case.part(grads), adapted.moves), {n: p.grad for n, p in model.named_parameters()}
+    theirs = take(case.part(grads), adapted.moves)
+    ours = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     idle = {m.ours for m in adapted.moves if m.theirs in case.meta.get('parameters_without_gradient', ())}
     assert set(theirs) == set(ours) - idle
     for name, gradient in theirs.items(): case.close(ours[name], gradient, f'{grads}.{name}')
@@ -223,7 +232,7 @@ def _tokens(one_hot):
 
 
 def check_chunked_model(case):
-    adapted = chunked.adapt(case.part('param'), case.config)
+    adapted = chunked.adapt(case.part('param'), case.config | {'architecture': case.meta['architecture']})
     model = build(adapted).train()
     _assert_moves(case, adapted, model)
     tokens, targets = _tokens(case['in.x']), _tokens(case['in.target'])
@@ -240,8 +249,11 @@ def check_chunked_model(case):
 
 
 def check_ibm_task(case):
-    name = case.stem.removeprefix('chunked/task_ibm_')
-    task = TASKS[name]()
+    name, fields = case.stem.removeprefix('chunked/task_ibm_'), {}
+    if name.startswith('parallel'):
+        name, n, kind = re.fullmatch(r'(.*)_n(\d+)_(\w+)', name).groups()
+        fields = {'n_strings': int(n), 'explicit_tokens': kind == 'explicit'}
+    task = TASKS[name](**fields)
     assert (len(task.symbols) <= case.meta['input_size'], task.d_out) == (True, case.meta['output_size'])
     for length, facts in case.meta['lengths'].items():
         tokens, right = case[f'in.len{length}'].numpy(), case[f'out.len{length}'].numpy()
@@ -250,12 +262,36 @@ def check_ibm_task(case):
         np.testing.assert_array_equal(problem['answers'][:, -1], right)
         np.testing.assert_array_equal(problem['answers'], task.label(problem))
         for coding in ('last', 'tape', 'prefix'):
-            seen = TASKS[name](coding=coding).encode(problem)
+            seen = TASKS[name](coding=coding, **fields).encode(problem)
             last = seen.targets[torch.arange(len(right)), seen.lengths - 1]
             np.testing.assert_array_equal(last, right)
         drawn = task.draw(np.random.default_rng(0), 4, length=int(length))['tokens']
         assert drawn.shape[1] == tokens.shape[1] == facts['input_length']
         assert facts['output_length'] == facts['declared_output_length'] == 1
+
+
+def check_padding(case):
+    form = re.compile(r'out\.(ibm|deepmind)_(\w+)_len(\d+)_mult(\d)_(eos0|eos1|empty|targets)')
+    for name in [n for n in case.tensors if n.startswith('out.')]:
+        _, task, length, steps, kind = form.fullmatch(name).groups()
+        label, theirs = name.removeprefix('out.'), case[name]
+        tokens = case[f'in.{label}'].numpy()
+        problem = {'tokens': tokens, 'lengths': np.full(len(tokens), int(length))}
+        n_outputs = {'reverse_string': 4, 'stack_manipulation': 5, 'compute_sqrt': 2}.get(task, 1)
+        problem['outputs'] = np.zeros((len(tokens), n_outputs), int)
+        if kind == 'targets': problem['outputs'] = case[f'in.target_{label}'].numpy()
+        assert problem['outputs'].shape[1] == n_outputs
+        if kind == 'eos0': problem['answers'] = np.zeros_like(tokens)  # empty steps are ignored there
+        coding = {'eos0': 'last', 'targets': 'forced'}.get(kind, 'tape')
+        coding = CODINGS[coding](int(steps) if kind != 'eos0' else 0)
+        symbols = theirs.shape[-1] - 1 - (steps != '0')
+        batch = coding(problem, (*map(str, range(symbols)), *coding.extra()))
+        assert torch.equal(F.one_hot(batch.inputs, theirs.shape[-1]).float(), theirs)
+        if kind != 'eos0':  # outputs are read at the last tokens of the tape, forced ones one earlier
+            early = kind == 'targets'
+            asked = torch.arange(theirs.shape[1]) >= theirs.shape[1] - n_outputs - early
+            if early: asked[-1] = False
+            assert torch.equal(batch.loss_mask, asked.expand(len(tokens), -1))
 
 
 def _counting_batch(case, ids, labels):
@@ -264,20 +300,95 @@ def _counting_batch(case, ids, labels):
     return Batch(ids, labels.clamp_min(0), mask, mask, torch.full((len(ids),), ids.shape[1]))
 
 
+def _collate(case, batch, vocab, part):
+    "Give a batch the lengths, mask and helpers of its examples; compare all that the case knows of them."
+    problem = to_problem(case.meta['examples'], vocab, vocab, '<pad>')
+    time = problem['tokens'].shape[1]
+    np.testing.assert_array_equal(case[f'{part}.input_id'][:, :time], problem['tokens'])
+    np.testing.assert_array_equal(case[f'{part}.label'][:, :time], problem['answers'])
+    assert (case[f'{part}.input_id'][:, time:] == vocab.index('<pad>')).all()
+    assert (case[f'{part}.label'][:, time:] == -1).all()
+    batch.lengths = torch.from_numpy(problem['lengths'])
+    pad, helpers = vocab.index('<pad>'), [vocab.index(w) for w in ('<pad>', '<blk>') if w in vocab]
+    batch.key_mask, batch.advance = batch.inputs != pad, ~torch.isin(batch.inputs, torch.tensor(helpers))
+    assert torch.equal(batch.key_mask, case[f'{part}.attention_mask'].bool())
+
+
+def _draw_as_published(scheme, augmentation, seed):
+    "Let a scheme of positions draw from Python's generator, as the study's collator does."
+    kind = {'shift': 'shift', 'scaler+shift': 'shift', 'randomized': 'random'}.get(augmentation)
+    assert scheme.drawn == bool(kind)
+    if kind: scheme.numbering = counting.collator_draws(kind, seed)
+
+
+def _assert_ids(case, ours, name):
+    if case[name].is_floating_point(): case.close(ours, case[name], name)
+    else: assert torch.equal(ours, case[name])
+
+
+def check_collator(case):
+    vocab, augmentation = case.meta['vocab'], case.meta['augmentation']
+    positions, ids = {
+        None: ('rotary', 'plain'), 'shift': ('rotary', 'shift'), 'randomized': ('rotary', 'random'),
+        'scaler+shift': ('scalar', 'shift'), 'zooming': ('scalar', 'zoom')}[augmentation]
+    scheme = build_positions(positions, 8, 2, case.meta['max_position_embeddings'], ids)
+    _draw_as_published(scheme, augmentation, case.meta['python_random_seed'])
+    batch = _counting_batch(case, case['out.input_id'], case['out.label'])
+    assert batch.inputs.shape[1] == case.meta['max_seq_len']
+    _collate(case, batch, vocab, 'out')
+    _assert_ids(case, scheme.draw_ids(batch), 'out.position_id')
+
+
+def _assert_metrics(logits, labels, max_seen, counts):
+    ours = {f'{name}_{kind}': n for name, pair in counting.study_metrics(logits, labels, max_seen).items()
+            for kind, n in zip(('correct', 'total'), pair, strict=True)}
+    assert ours == counts
+
+
+def check_metric(case):
+    for max_seen, counts in case.meta['expected_by_max_seen_len'].items():
+        _assert_metrics(case['in.logits'], case['in.label'], int(max_seen), counts)
+
+
+def check_train_trace(case):
+    adapted = counting.adapt(case.part('param'), case.config)
+    model, steps = build(adapted).train(), case.meta['steps']
+    groups = case.meta.get('groups', [{'lr': case.meta.get('lr'), 'weight_decay': .01}])
+    optim = Optim(lr=groups[0]['lr'], weight_decay=groups[0]['weight_decay'], name='adamw', clip_norm=1.,
+                  warmup_steps=case.meta.get('warmup_steps', 0))
+    optimiser = build_optimiser(model, optim)
+    assert len(groups) == len(optimiser.param_groups) == 1
+    assert groups[0].get('n_tensors') in (None, len(optimiser.param_groups[0]['params']))
+    rates = [learning_rate(optim, step, steps) for step in range(steps)]
+    if 'out.lrs' in case.tensors:
+        case.close(torch.tensor(rates, dtype=torch.double), case['out.lrs'], 'out.lrs')
+    for step, rate in enumerate(rates):
+        batch = _counting_batch(case, case[f'in.step{step}.input_id'], case[f'in.step{step}.label'])
+        if f'in.step{step}.position_id' in case.tensors:
+            batch.position_ids = case[f'in.step{step}.position_id']
+            batch.key_mask = case[f'in.step{step}.attention_mask'].bool()
+        total, count = TokenClassification().loss(model(batch), batch)
+        (total / count).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)
+        case.close(total / count, case['out.losses'][step], f'loss of step {step}')
+        case.close(norm, case['out.grad_norms'][step], f'norm of step {step}')
+        set_rate(optimiser, rate)
+        optimiser.step()
+        optimiser.zero_grad()
+    final = take(case.part('out.final'), adapted.moves, computed=['sine.pe'])
+    assert set(final) == set(model.state_dict())
+    for name, tensor in model.state_dict().items(): case.close(tensor, final[name], name)
+
+
 def check_counting_transformer(case):
     adapted = counting.adapt(case.part('param'), case.config)
     model, vocab = build(adapted).eval(), case.config['vocab']
     _assert_moves(case, adapted, model, computed=['sine.pe'])
     batch = _counting_batch(case, case['in.input_id'], case['in.label'])
-    problem = to_problem(case.meta['examples'], vocab, vocab, '<pad>')
-    time = problem['tokens'].shape[1]
-    np.testing.assert_array_equal(batch.inputs[:, :time], problem['tokens'])
-    np.testing.assert_array_equal(case['in.label'][:, :time], problem['answers'])
-    batch.lengths = torch.from_numpy(problem['lengths'])
-    pad, helpers = vocab.index('<pad>'), [vocab.index(w) for w in ('<pad>', '<blk>') if w in vocab]
-    batch.key_mask, batch.advance = batch.inputs != pad, ~torch.isin(batch.inputs, torch.tensor(helpers))
-    assert torch.equal(batch.key_mask, case['in.attention_mask'].bool())
-    assert torch.equal(model.position_ids(batch), case['in.position_id'])
+    _collate(case, batch, vocab, 'in')
+    _draw_as_published(model.positions, case.meta['augmentation'], case.meta['collator_python_random_seed'])
+    batch.position_ids = model.position_ids(batch)
+    _assert_ids(case, batch.position_ids, 'in.position_id')
     if 'param.sine.pe' in case.tensors:  # a table there, computed here
         table = case['param.sine.pe']
         places = torch.arange(len(table))[None]
@@ -285,6 +396,7 @@ def check_counting_transformer(case):
     output = _assert_training(case, adapted, model, batch, TokenClassification())
     case.close(output.final, case['out.logits'], 'out.logits')
     counts = case.meta['metrics_max_seen_len_6']
+    _assert_metrics(output.final, case['in.label'], 6, counts)
     right, total = TokenClassification().metrics(output, batch)['accuracy']
     assert int(right) == counts['counting_correct'] + counts['last_correct']
     assert int(total) == counts['counting_total'] + counts['last_total']
@@ -292,7 +404,7 @@ def check_counting_transformer(case):
 
 def check_counting_recurrent(case):
     adapted = counting.adapt(case.part('param'), case.config)
-    assert adapted.model == case.stem.removeprefix('counting/')
+    assert adapted.model == case.stem.removeprefix('counting/').split('_')[0]
     model = build(adapted).eval()
     _assert_moves(case, adapted, model)
     batch = _counting_batch(case, case['in.input_id'], case['in.label'])
@@ -300,18 +412,48 @@ def check_counting_recurrent(case):
     case.close(output.final, case['out.logits'], 'out.logits')
 
 
+FILE_RULES = (  # folder and file: the rule of its lines, where that is not the rule of the folder's task
+    (r'.*/addbigram_(upto200_)?test', label_addbigram),
+    (r'.*/addbigram_\w*seq_test', label_fillers),
+    (r'.*/addtable_\w*test', label_addtable),
+    (r'debug/.*', label_selective),
+    (r'\w*symbol_addbigram/.*', label_counting),
+    (r'.*/corrupted_tokenemb', lambda tokens: TASKS['counting_samesymbol_mod10']().rule(['a'] * len(tokens))),
+)
+FILE_TASKS = {  # where no task has the name of the folder and the file needs another vocabulary
+    'debug': 'counting_selective', 'addbigram': 'counting_samesymbol',
+    'addbigram_blkseq': 'counting_samesymbol_plain2_addbigram_blkseq',
+    'addbigram_nullseq': 'counting_samesymbol_plain2_addbigram_nullseq',
+    'addbigram_shiftedblkseq': 'counting_samesymbol_shiftedstart4_addbigram_blkseq',
+    'addbigram_shiftednullseq': 'counting_samesymbol_shiftedstart4_addbigram_nullseq',
+    'addbigram_upto200': 'counting_samesymbol_shiftedstart3__tr25_te200__', 'addtable': 'counting_samesymbol',
+    'addtable_padhelper': 'counting_samesymbol_padhelper',
+}
+
+
+@functools.cache
+def _counting_task(folder, file=''):
+    "The task whose data a folder holds; an auxiliary file belongs to the task that is mixed with it."
+    if folder in FILE_TASKS: return TASKS[FILE_TASKS[folder]]()
+    auxiliary = re.sub(r'_(padhelper_)?test$', '', file)
+    tasks = [task() for name, task in TASKS.items() if re.fullmatch(rf'{folder}(_add\w+)?', name)]
+    mixed = [task for task in tasks if task.auxiliary and auxiliary.startswith(task.auxiliary)]
+    return sorted(mixed, key=lambda task: -len(task.auxiliary))[0] if mixed else tasks[0]
+
+
 def check_counting_file(case):
-    kind, examples = case.stem.split('/')[-1], case.meta['examples']
-    label = {'addbigram_test': label_addbigram, 'addtable_test': label_addtable}.get(kind, label_counting)
+    folder, file = case.stem.split('/')[-2:]
+    task, examples = _counting_task(folder, file), case.meta['examples']
+    rule = next((r for pattern, r in FILE_RULES if re.fullmatch(pattern, f'{folder}/{file}')), task.define)
     assert examples
-    for tokens, labels in examples: assert label(tokens) == labels, tokens
-    task = TASKS['counting_samesymbol']()
+    for tokens, labels in examples:
+        assert (label_raspl(tokens, labels[-1]) if 'raspL' in folder else rule(tokens)) == labels, tokens
     problem = to_problem(examples, task.symbols, task.answers, '<pad>', case.path)
     batch = task.encode(problem)
     rows = zip(batch.targets, batch.loss_mask, strict=True)
     shown = [[task.answers[y] for y in targets[mask]] for targets, mask in rows]
-    assert shown == [labels for _, labels in examples]
-    if label is label_counting: np.testing.assert_array_equal(task.label(problem), problem['answers'])
+    assert shown == [[y for y in labels if y != '-1'] for _, labels in examples]
+    if rule == task.define: np.testing.assert_array_equal(task.label(problem), problem['answers'])
 
 
 def check_looped_add(case):
@@ -336,16 +478,28 @@ def check_looped_add(case):
 BUILT = {
     **dict.fromkeys(_stems('chunked', '''
         transformer_prenorm_causal transformer_prenorm_full transformer_postnorm_causal
-        transformer_postnorm_full rnn_layers1 rnn_layers2
+        transformer_postnorm_full rnn_layers1 rnn_layers2 universal_transformer_postnorm_causal
+        universal_transformer_postnorm_full universal_transformer_prenorm_causal
+        universal_transformer_prenorm_full
     '''), check_chunked_model),
     **dict.fromkeys(_stems('chunked', '''
         task_ibm_parity_check task_ibm_even_pairs task_ibm_cycle_navigation task_ibm_modular_arithmetic
+        task_ibm_parallel_parity_check_n2_explicit task_ibm_parallel_parity_check_n3_implicit
+        task_ibm_parallel_parity_check_n4_explicit
     '''), check_ibm_task),
-    **dict.fromkeys(_stems('counting', 'ct_nope ct_ape ct_rope ct_sine'), check_counting_transformer),
-    **dict.fromkeys(_stems('counting', 'lstm rnn'), check_counting_recurrent),
-    **dict.fromkeys(_files('counting_samesymbol', '''
-        val val_copy ood_test train_deduplicate addbigram_test addtable_test
-    '''), check_counting_file),
+    'chunked/padding': check_padding,
+    **dict.fromkeys(_stems('counting', '''
+        ct_ape ct_ape_initsine_freeze ct_ape_rdmz ct_ape_shift ct_nope ct_nope_noscale ct_nope_tied
+        ct_rope ct_rope_identity_mask ct_rope_rdmz ct_rope_shift ct_sine ct_sine_nullemb ct_sine_shift
+        ct_spe ct_spe_shift
+    '''), check_counting_transformer),
+    **dict.fromkeys(_stems('counting', 'lstm lstm_nullemb lstm_tied rnn'), check_counting_recurrent),
+    **dict.fromkeys(_stems('counting', '''
+        collator_none collator_randomized collator_scaler_shift collator_shift collator_zooming
+    '''), check_collator),
+    'counting/metric_get_acc': check_metric,
+    **dict.fromkeys(_stems('counting', 'train_trace_ct train_trace_lstm train_trace_rnn'), check_train_trace),
+    **dict.fromkeys(COUNTING_FILES, check_counting_file),
     'icl/looped_add': check_looped_add,
 }
 
@@ -383,3 +537,55 @@ def test_case(name):
     case = Case(name.split('@')[0], FOUND[name])
     BUILT[stem](case)
     assert set(case.tensors) == case.read, 'a tensor of the case was not compared'
+
+
+# Folders whose validation lines are drawn: only their number and vocabulary are known beforehand.
+DRAWN = {
+    'counting_samesymbol', 'counting_diffsymbol', 'counting_samesymbol_blankhelper',
+    'counting_samesymbol_padhelper', 'counting_samesymbol_shiftedstart', 'counting_diffsymbol_shiftedstart',
+    'counting_samesymbol_shiftedstart2', 'counting_samesymbol_shiftedstart2_padhelper',
+}
+SPLITS = {'val.txt': 'val', 'ood_test.txt': 'test'}
+
+
+def _statistics(task, problems):
+    "What stats.json says of a file, of problems."
+    lines = list(to_examples(problems, task.symbols, task.answers))
+    tokens, labels = zip(*lines, strict=True)
+    seen, effective = ([sum(w not in helpers for w in line) for line in tokens]
+                       for helpers in (('<pad>',), ('<pad>', '<blk>')))
+    asked = [sum(y != '-1' for y in line) for line in labels]
+    return {
+        'num_lines': len(lines), 'max_seen_len': max(seen),
+        **{name: {str(v): n for v, n in Counter(values).items()} for name, values in (
+            ('input_len', map(len, tokens)), ('n_supervised', asked), ('effective_len', effective))},
+        **{name: dict(Counter(w for line in words for w in line)) for name, words in (
+            ('vocab_in_counts', tokens), ('vocab_out_counts', labels))},
+    }
+
+
+STATISTICS = [
+    (path.parent.name, file) for path in sorted(HERE.glob('counting/tasks/*/stats.json'))
+    for file in json.loads(path.read_text()) if path.parent.name.startswith('counting_')
+    and (file in SPLITS or re.match('add.*_test', file)) and not path.parent.name.endswith('symbol_addbigram')
+]
+
+
+@pytest.mark.parametrize('folder, file', STATISTICS)
+def test_statistics_of_regenerated_splits(folder, file):
+    theirs = json.loads((HERE/'counting/tasks'/folder/'stats.json').read_text())[file]
+    stem = file.removesuffix('.txt')
+    task = _counting_task(folder, '' if file in SPLITS else stem)
+    split = SPLITS.get(file, stem)
+    if split not in task.splits: task = type(task)(auxiliary=stem.removesuffix('_test'))
+    ours = _statistics(task, task.splits[split].problems)
+    assert task.splits[split].size == ours['num_lines']
+    drawn = folder in DRAWN and split == 'val'
+    lengths = ['max_seen_len', 'input_len', 'n_supervised', 'effective_len']
+    same = ['num_lines'] + ([] if drawn else lengths)
+    assert {k: ours[k] for k in same} == {k: theirs[k] for k in same}
+    if drawn: assert set(theirs['vocab_in_counts']) | set(theirs['vocab_out_counts']) <= {*task.symbols, '-1'}
+    for name in () if drawn else ('vocab_in_counts', 'vocab_out_counts'):
+        assert set(ours[name]) == set(theirs[name])
+        fixed = 'selective' not in folder and 'raspL' not in folder
+        if fixed and ('diffsymbol' not in folder or 'out' in name): assert ours[name] == theirs[name]

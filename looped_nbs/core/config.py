@@ -61,7 +61,8 @@ def fields_of(
         for name, p in inspect.signature(init).parameters.items():
             if p.kind is p.KEYWORD_ONLY and name not in found:
                 found[name] = Field(hints.get(name, str), p.default, docs.get(name) or '')
-    return found
+    other = getattr(cls, 'defaults', {})
+    return {name: dataclasses.replace(f, default=other.get(name, f.default)) for name, f in found.items()}
 
 # %% ../../nbs/00_core/04_config.ipynb #93bee52f
 def type_name(

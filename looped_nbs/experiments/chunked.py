@@ -9,12 +9,14 @@ __all__ = ['TASKS']
 from ..core.config import register_preset, register_study
 
 # %% ../../nbs/08_experiments/02_chunked.ipynb #8dc137e4
-TASKS = ('parity_check', 'even_pairs', 'cycle_navigation', 'modular_arithmetic')
+TASKS = ('parity_check', 'parallel_parity_check', 'even_pairs', 'cycle_navigation', 'modular_arithmetic')
 _TRANSFORMER = {'name': 'transformer', 'd_model': 64, 'n_layers': 5, 'n_heads': 8, 'dropout': 0.1,
                 'init': 'clones'}
 _MODELS = {
     'transformer': _TRANSFORMER,
     'looped_transformer': _TRANSFORMER | {'name': 'looped_transformer', 'n_layers': 1, 'n_loops': 5},
+    'universal_transformer': _TRANSFORMER | {
+        'name': 'universal_transformer', 'n_layers': 1, 'n_loops': 5, 'attention_dropout': 0.1},
     'rnn': {'name': 'relu_rnn', 'd_model': 64, 'head_bias': True, 'init': 'torch'},
     'lstm': {'name': 'lstm', 'd_model': 64},
     'gru': {'name': 'gru', 'd_model': 64},

@@ -26,7 +26,14 @@ from . import chunked, counting, demo, icl  # noqa: F401  registers presets
 from ..models import recurrent, transformer  # noqa: F401  registers models
 from ..models.base import MODELS, SequenceModel
 from ..tasks import counting as counting_tasks  # noqa: F401  registers tasks
-from ..tasks import regression, regular  # noqa: F401  registers tasks
+from looped_nbs.tasks import (  # noqa: F401  register tasks
+    counting_modular,
+    counting_raspl,
+    counting_selective,
+    counting_shifted,
+    regression,
+    regular,
+)
 from ..tasks.task import TASKS, Task
 from ..training.callbacks import Checkpoints, MetricLog, Progress, WandbLog, import_wandb, restore
 from ..training.curriculum import Ramp
@@ -84,7 +91,7 @@ def build(
         cls = lookup(MODELS, 'model', exp.model.name)
         try: model = _inside('model', lambda: cls.from_task(task, **exp.model.kwargs))
         except (RuntimeError, MemoryError, OverflowError, TypeError) as e: raise _too_large(exp, e) from None
-    model.check_time(task.max_time())
+    model.check_time(task.max_positions())
     for ramp in map(Ramp.parse, exp.train.ramps): _check_ramp(ramp, exp, task)
     if exp.run.track == 'wandb': import_wandb()
     return task, model

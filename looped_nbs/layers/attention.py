@@ -74,7 +74,7 @@ def score_mask(
     time: int, # queries
     time_k: int, # keys
     causal: bool, # hide later keys?
-    key_mask: Tensor | None, # keys that may be read (batch, time_k)
+    key_mask: Tensor | None, # keys (batch, time_k), or pairs (batch, time, time_k), that may be read
     bias: Tensor | None, # added to scores (batch or 1, heads, time, time_k)
     device: torch.device, # where the mask is needed
 ) -> tuple[Tensor | None, bool]: # the `attn_mask` and `is_causal` of scaled_dot_product_attention
@@ -82,6 +82,7 @@ def score_mask(
     if key_mask is None and bias is None: return None, causal
     keep = torch.ones(time, time_k, dtype=torch.bool, device=device).tril() if causal else None
     if key_mask is not None:
-        keep = key_mask[:, None, None] if keep is None else keep & key_mask[:, None, None]
+        pairs = key_mask[:, None, None] if key_mask.dim() == 2 else key_mask[:, None]
+        keep = pairs if keep is None else keep & pairs
     if bias is None: return keep, False
     return (bias if keep is None else bias.masked_fill(~keep, -torch.inf)), False

@@ -81,7 +81,7 @@ class Stack(nn.Module):
         *,
         ids: Tensor | None = None, # position ids (batch, time); None: 0, 1, 2, ...
         placed: Placed | None = None, # positions placed before, to share over loops
-        mask: Tensor | None = None, # keys that may be read (batch, time)
+        mask: Tensor | None = None, # keys (batch, time), or pairs (batch, time, time), that may be read
     ) -> tuple[Tensor, list]: # h (batch, time, d_model) and the new states
         "Apply all layers, handing each its own state."
         if ids is None: ids = torch.arange(h.shape[1], device=h.device).expand(h.shape[:2])

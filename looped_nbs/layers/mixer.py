@@ -27,7 +27,7 @@ class Mixer(nn.Module):
         x: Tensor, # (batch, time, d_model)
         *,
         context: Tensor | None = None, # what keys are read from (batch, time, d_model), if the mixer attends
-        mask: Tensor | None = None, # keys that may be read (batch, time); True: read
+        mask: Tensor | None = None, # True: may be read; keys (batch, time) or pairs (batch, time, time)
         positions: object = None, # placed positions, see `looped_nbs.layers.positions`
         state: object = None, # what the last call returned, if the mixer recurs
     ) -> tuple[Tensor, object]: # y (batch, time, d_model) and the new state

@@ -27,13 +27,15 @@ class RecurrentModel(SequenceModel):
         n_layers: int = 1, # networks on top of each other
         dropout: float = 0., # between them, a probability
         head_bias: bool = False, # does the head have a bias?
+        tied: bool = False, # is the embedding, over the root of d_model, the head?
+        null_row: bool = False, # is the embedding of the first token zero, and not trained?
         init: str = 'gpt2', # initial weights of embedding and head: gpt2 or torch
     ):
         at_least('d_model', d_model, 1)
         one_of('init', init, ['gpt2', 'torch'])
         if not 0 <= dropout < 1: raise FieldError('dropout', dropout, 'a probability in [0, 1)')
         body = Stack([build_mixer(self.mixer, d_model, n_layers=n_layers, dropout=dropout)])
-        super().__init__(d_in, d_out, features, d_model, Loop(body), head_bias or features)
+        super().__init__(d_in, d_out, features, d_model, Loop(body), head_bias or features, tied, null_row)
         initialise(self, init)
 
 # %% ../../nbs/03_models/02_recurrent.ipynb #2567876b

@@ -171,6 +171,11 @@ def max_time(self: Task) -> int: # positions
     return max(self.encoder.time(self.length(self.axis_range(s)[1])) for s in self.splits)
 
 @patch
+def max_positions(self: Task) -> int: # positions
+    "The most positions that any coded input consumes; a task whose helpers consume none says fewer."
+    return self.max_time()
+
+@patch
 def show(self: Task,
     batch: Batch, # coded examples
     row: int = 0, # which example

@@ -19,6 +19,7 @@ from ..core.config import Evaluate, Experiment, Named, Optim, Run, Train
 from ..core.streams import numpy_stream, torch_stream
 from ..evaluation.report import table
 from ..experiments.run import MODELS, TASKS
+from ..tasks.counting_lines import families
 from ..training.callbacks import MetricLog
 from ..training.loop import Trainer
 from ..training.runs import RunFolder
@@ -47,9 +48,9 @@ def bench_tasks(
     batch_size: int = 1024, # examples in a batch
     length: int = 40, # symbols, for the regular languages
 ) -> list[dict]: # one row per task
-    "Time sampling and encoding of every token task beside its definition."
+    "Time sampling and encoding of every family of token tasks beside its definition."
     rows = []
-    for name in sorted(TASKS):
+    for name in families():
         task = TASKS[name]()
         if task.features: continue
         fixed = {'length': length} if task.axis == 'length' else {}

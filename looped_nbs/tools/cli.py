@@ -207,7 +207,7 @@ def _write_data(task, folder, count, seed):
     from tqdm.auto import tqdm
 
     from looped_nbs.tasks.files import to_examples, write_examples
-    files = {name: folder/task.files[name] for name in task.splits}
+    files = {name: folder/task.files.get(name, f'{name}.txt') for name in task.splits}
     for file in files.values():
         if file.exists(): raise FieldError('out', str(folder), f'a folder without {file.name}')
     try: folder.mkdir(parents=True, exist_ok=True)
