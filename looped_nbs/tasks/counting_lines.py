@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from ..core.errors import FieldError, InputError, at_least, one_of
 from ..core.streams import numpy_stream
 from .counting_auxiliary import AUXILIARY
-from .files import read_examples, to_problem
+from .files import file_hash, read_examples, to_problem
 from .task import TASKS, Split, Task, register_task
 
 # %% ../../nbs/04_tasks/04b_counting_lines.ipynb #6ca3962a
@@ -244,7 +244,7 @@ def read(self: CountingTask,
     for name in ('val', 'test'):
         file = folder/self.files[name]
         problems = to_problem(read_examples(file, self.define), self.symbols, self.answers, '<pad>', file)
-        self.splits[name] = self.split_of(problems, 'as published')
+        self.splits[name] = self.split_of(problems, f'as published, {file.name} with hash {file_hash(file)}')
 
 @patch
 def fixed_stream(self: CountingTask,

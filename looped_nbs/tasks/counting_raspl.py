@@ -11,7 +11,7 @@ from fastcore.basics import patch
 
 from ..core.errors import DataError, FieldError, InputError, at_least
 from .counting_lines import CountingTask
-from .files import read_examples, to_problem
+from .files import file_hash, read_examples, to_problem
 from .task import Split, ordered, register_task
 
 # %% ../../nbs/04_tasks/05d_counting_raspl.ipynb #cffa023b
@@ -137,4 +137,5 @@ def read(self: CountingRaspL, folder):
             if right != labels: raise DataError(folder/file, number, 'a label is not the next word')
         problems = to_problem(lines, self.symbols, self.answers, '<pad>', folder/file)
         window = self.splits[name].difficulty
-        self.splits[name] = Split(window, len(lines), 'as published', problems)
+        origin = f'as published, {file} with hash {file_hash(folder/file)}'
+        self.splits[name] = Split(window, len(lines), origin, problems)
