@@ -6,15 +6,14 @@
 __all__ = ['HELD_OUT', 'FEW', 'Grammar', 'window', 'drawn', 'held_out', 'distinct', 'Language', 'LengthLanguage']
 
 # %% ../../nbs/04_tasks/07_languages.ipynb #573732e3
-from collections.abc import Iterator
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import numpy as np
 from fastcore.basics import patch
 
-from ..core.errors import FieldError, at_least
+from ..core.errors import FieldError, at_least, one_of
 from ..core.streams import numpy_stream
-from .task import Split, Task, one_of, ordered
+from .task import Split, Task, ordered
 
 # %% ../../nbs/04_tasks/07_languages.ipynb #525d5654
 class Grammar:
@@ -64,12 +63,12 @@ def window(
     grammar: Grammar, # a language
     low: int, # start
     high: int, # end, included
-) -> tuple[int, int]: # start and end, both with strings
-    "Shrink a window to values with strings, or move it to the next smaller one."
-    values = [v for v in range(low, high + 1) if grammar.has(v)]
-    values = values or [v for v in range(1, low) if grammar.has(v)][-1:]
-    if not values: raise FieldError('window', (low, high), 'one with strings of the language')
-    return values[0], values[-1]
+) -> tuple[int, int]: # start and end, with strings between them
+    "Keep a window that has strings, or move it to the nearest value that has some."
+    if any(map(grammar.has, range(low, high + 1))): return low, high
+    near = next(filter(grammar.has, [*range(low - 1, 0, -1), *range(high + 1, high + 1000)]), None)
+    if near is None: raise FieldError('window', (low, high), 'one with strings of the language')
+    return near, near
 
 def drawn(
     grammar: Grammar, # a language
@@ -224,9 +223,10 @@ def make_splits(self: Language,
     sizes: tuple[int, int, int], # strings of train, val, test
 ) -> None:
     "Set the splits of a language; training, validation and test are lists."
-    train, test = window(self.grammar, *train), window(self.grammar, *test)
-    if test[0] <= train[1]:
-        raise FieldError(f'test_{self.axis}', test[1], f'more than {train[1]}: no string is longer up to there')
+    for name, ends in (('max', train), ('test', test)):
+        if not any(map(self.grammar.has, range(ends[0], ends[1] + 1))):
+            allowed = f'a window with strings of the language, unlike {ends[0]} to {ends[1]}'
+            raise FieldError(f'{name}_{self.axis}', ends[1], allowed)
     shown, kept, exhausted = distinct(self.grammar, *train, (sizes[0], sizes[1]))
     few = exhausted and len(shown) + len(kept) < FEW
     fresh = Split({self.axis: train}) if few else Split({self.axis: train, 'held_out': False})
