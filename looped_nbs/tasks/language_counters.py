@@ -50,11 +50,8 @@ class Counter(Grammar):
         return letter.astype(np.int8), counts * self.n_letters
 
     def answers(self, tokens, lengths):
-        following = np.minimum(np.arange(1, tokens.shape[1] + 1) // (lengths // self.n_letters)[:, None], self.n_letters)
-        return np.where(tokens == 0, 0, following) if self.n_letters == 2 else self._after(tokens, following)
-
-    def _after(self, tokens, following):
-        "The letter that follows, but one of two within the first run."
+        counts, place = lengths // self.n_letters, np.arange(1, tokens.shape[1] + 1)
+        following = np.minimum(place // counts[:, None], self.n_letters)
         return np.where(tokens == 0, 0, following)
 
     def rule(self, word):
