@@ -13,7 +13,7 @@ from itertools import product
 
 import numpy as np
 
-from ..core.errors import FieldError
+from ..core.errors import FieldError, InputError
 from .counting_lines import register_variants
 from .language_automata import lengths_of
 from .languages import Grammar, LengthLanguage
@@ -153,8 +153,8 @@ class Dyck(Brackets):
     def rule(self, word):
         stack, answers, closing = [], [], {pair[1]: pair[0] for pair in PAIRS}
         for a in word:
-            if a in closing: assert stack.pop() == closing[a], f'{word} is not balanced'
-            else: stack.append(a)
+            if a not in closing: stack.append(a)
+            elif not stack or stack.pop() != closing[a]: raise InputError(f'{word} is not balanced')
             answers.append(chr(48 + 2 ** (self.letters.index(stack[-1]) // 2)) if stack else '0')
         return answers
 

@@ -112,7 +112,7 @@ def nest(
 class Nested(Grammar):
     "Letters a and b as brackets, nested at most n deep."
     depth: int = 2 # n
-    letters = outputs = 'ab'
+    letters, outputs = 'ab', ('a', 'b')
     sets = {'10': '10', '11': '11', '01': '01'}
 
     def __post_init__(self):

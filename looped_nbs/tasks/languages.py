@@ -7,12 +7,15 @@ __all__ = ['HELD_OUT', 'FEW', 'Grammar', 'window', 'drawn', 'held_out', 'distinc
 
 # %% ../../nbs/04_tasks/07_languages.ipynb #573732e3
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from fastcore.basics import patch
 
-from ..core.errors import FieldError, at_least, one_of
+from ..core.errors import DataError, FieldError, at_least, one_of
 from ..core.streams import numpy_stream
+from .files import file_hash
+from .paired_files import read_pair, to_ids
 from .task import Split, Task, ordered
 
 # %% ../../nbs/04_tasks/07_languages.ipynb #525d5654
@@ -146,6 +149,7 @@ class Language(Task):
         val_size: int = 2000, # different strings of the training window that are not trained on
         test_size: int = 2000, # different strings beyond the training window
         pad_class: bool = False, # has the softmax a class for padding, as in the study?
+        data_dir: str = '', # folder with train_50.src, train_50.tgt, valid_50.src, ... to use instead
     ):
         self.grammar, self.level = grammar, grammar.level
         self.symbols, self.answers = (*grammar.letters, '<pad>'), (*grammar.sets, *['<pad>'] * pad_class)
@@ -159,6 +163,7 @@ class Language(Task):
         ordered(val_size=val_size)
         ordered(test_size=test_size)
         self.make_splits(train, test, (train_size, val_size, test_size))
+        if data_dir: self.read(Path(data_dir))
 
     def draw(self, rng, n, *, held_out=True, **window):
         low, high = self._ends(**window)
@@ -295,3 +300,32 @@ class LengthLanguage(Language):
         ordered(min_length=min_length, max_length=max_length)
         at_least('test_length', test_length, max_length + 1)
         super().__init__(grammar, (min_length, max_length), (max_length + 1, test_length), **fields)
+
+# %% ../../nbs/04_tasks/07_languages.ipynb #6a59f4d4
+@patch
+def read(self: Language,
+    folder: Path, # with {train,valid,test}_50.{src,tgt}
+) -> None:
+    "Take the splits from paired files; a line that is wrongly labelled raises a `DataError`."
+    trained = set()
+    for split, name in self.files.items():
+        file = folder/name
+        sources, targets = zip(*read_pair(file), strict=True)
+        tokens = to_ids(sources, self.grammar.letters, file)
+        answers = to_ids(targets, [*self.grammar.sets], file.with_suffix('.tgt'))
+        for number, line in enumerate(zip(sources, targets, strict=True), 1): self._check(file, number, *line)
+        answers = np.where(answers == len(self.grammar.sets), -1, answers)
+        problems = {'tokens': tokens.astype(np.int8), 'lengths': np.array([len(line) for line in sources]),
+                    'answers': answers.astype(np.int8)}
+        strings = {''.join(tokens) for tokens in sources}
+        trained = trained or strings
+        origin = f'{len(strings & trained)} of {len(strings)}; {name} with hash {file_hash(file)}'
+        self.splits[split] = Split(self.splits[split].difficulty, len(sources), origin, problems)
+
+@patch
+def _check(self: Language, file, number, tokens, given):
+    "Compare a line with the definition."
+    try: right = self.grammar.rule(''.join(tokens))
+    except ValueError as e: raise DataError(file, number, str(e)) from None
+    for t, (a, b) in enumerate(zip(given, right, strict=True)):
+        if a != b: raise DataError(file.with_suffix('.tgt'), number, f'target {t + 1} is {a!r}, expected {b!r}')
