@@ -123,7 +123,7 @@ def walk(
 
 CYCLES = {  # steps of the languages CRL 1-5; state 0 is the start and the accepted one
     1: ((1, 1), (0, 0)), 2: ((1, 1), (2, 2), (0, 0)), 3: ((0, 1), (1, 0)),
-    4: ((1, 0), (2, 0), (3, 1), (4, 2), (4, 0)), 5: ((1, 2), (0, 0), (3, 3), (3, 4), (4, 5), (1, 4)),
+    4: ((1, 0), (2, 0), (3, 1), (4, 2), (4, 0)), 5: ((1, 2), (0, 0), (3, 3), (4, 3), (4, 5), (1, 4)),
 }
 DEFINITIONS: dict[str, Callable] = {  # name: is this string accepted?
     'parity': lambda word: ParityCheck.answer(None, word) == 0,

@@ -137,10 +137,10 @@ class Runs(Grammar):
         counts, = redraw(draw, n)
         return spread(np.pad(counts, ((0, 0), (0, 1)), constant_values=1), list(range(k + 1)))
 
-    def answers(self, tokens, lengths): return np.minimum(tokens, self.n_letters - 1)
+    def answers(self, tokens, lengths): return np.where(tokens == self.n_letters, -1, tokens)
 
     def rule(self, word):
-        following = dict(zip(self.letters, self.letters[1:] + 'T', strict=True))
+        following = dict(zip(self.letters, [*self.letters[1:], '-1'], strict=True))
         return [following[a] for a in word]
 
 # %% ../../nbs/04_tasks/07c_language_counters.ipynb #a5c086fc

@@ -38,13 +38,13 @@ class Grammar:
     def answers(self,
         tokens: np.ndarray, # letters (n, time), anything behind the end
         lengths: np.ndarray, # (n,)
-    ) -> np.ndarray: # positions in `sets` (n, time), anything behind the end
+    ) -> np.ndarray: # places in `sets`, -1 where nothing is asked (n, time), anything behind the end
         "Answer every prefix of every string at once; a subclass implements it."
         raise NotImplementedError
 
     def rule(self,
         word: str, # a string of the language
-    ) -> list[str]: # a key of `sets` for every prefix
+    ) -> list[str]: # a key of `sets` for every prefix, '-1' where nothing is asked
         "Answer one string by definition; a subclass implements it."
         raise NotImplementedError
 
@@ -182,7 +182,8 @@ class Language(Task):
         return {'tokens': padded, 'lengths': lengths, 'answers': answers}
 
     def label(self, problem):
-        index, answers = {y: i for i, y in enumerate(self.answers)}, np.full_like(problem['answers'], -1)
+        index = {y: i for i, y in enumerate(self.answers)} | {'-1': -1}
+        answers = np.full_like(problem['answers'], -1)
         for i, (tokens, n) in enumerate(zip(problem['tokens'], problem['lengths'], strict=True)):
             word = ''.join(self.symbols[t] for t in tokens[:n])
             answers[i, :n] = [index[y] for y in self.grammar.rule(word)]
@@ -312,9 +313,9 @@ def read(self: Language,
         file = folder/name
         sources, targets = zip(*read_pair(file), strict=True)
         tokens = to_ids(sources, self.grammar.letters, file)
-        answers = to_ids(targets, [*self.grammar.sets], file.with_suffix('.tgt'))
+        answers = to_ids(targets, [*self.grammar.sets, '-1'], file.with_suffix('.tgt'))
         for number, line in enumerate(zip(sources, targets, strict=True), 1): self._check(file, number, *line)
-        answers = np.where(answers == len(self.grammar.sets), -1, answers)
+        answers = np.where(answers >= len(self.grammar.sets), -1, answers)
         problems = {'tokens': tokens.astype(np.int8), 'lengths': np.array([len(line) for line in sources]),
                     'answers': answers.astype(np.int8)}
         strings = {''.join(tokens) for tokens in sources}
