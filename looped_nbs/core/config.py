@@ -196,8 +196,9 @@ class Evaluate:
 # %% ../../nbs/00_core/04_config.ipynb #a49c2bcd
 @dataclass
 class Run:
-    "Where and with what a run happens; nothing here changes what is learnt."
+    "Where and with what a run happens; apart from the precision, nothing here changes what is learnt."
     device: str = 'auto' # auto, cpu, cuda, cuda:1, mps
+    precision: str = 'fp32' # of matrix products in training: fp32, or bf16 with weights in fp32
     threads: int = 0 # CPU threads; 0: chosen by model size
     track: str = 'none' # none or wandb (WANDB_MODE=offline works)
     progress: bool = True # show a progress bar
@@ -206,6 +207,7 @@ class Run:
 
     def __post_init__(self):
         if not 0 <= self.threads <= 1024: raise FieldError('run.threads', self.threads, 'between 0 and 1024')
+        one_of('run.precision', self.precision, ['fp32', 'bf16'])
         one_of('run.track', self.track, ['none', 'wandb'])
 
 # %% ../../nbs/00_core/04_config.ipynb #ea3b1951
