@@ -37,7 +37,8 @@ class Validate(Callback):
         trainer.model.eval()
         objective, tallies, size = trainer.objective, {}, self.evaluate.batch_size
         for start in range(0, self.evaluate.examples, size):
-            batch = trainer.batch('val', start, min(size, self.evaluate.examples - start)).rows(*trainer.place)
+            whole = trainer.batch('val', start, min(size, self.evaluate.examples - start))
+            batch = whole.rows(*trainer.place)
             output = trainer.model(batch)
             add_tallies(tallies, {'loss': objective.loss(output, batch)} | objective.metrics(output, batch))
         return {f'val_{k}': v for k, v in means(sum_tallies(tallies, trainer.device)).items()}

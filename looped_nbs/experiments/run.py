@@ -218,10 +218,9 @@ def resume(
     folder, experiment, task, model = load(path)
     if (folder.path/'summary.json').exists(): return Run.open(path)
     began = folder.environment()
-    if began['processes'] != place()[1]:
-        launched = f'torchrun --nproc-per-node {began["processes"]} -m looped_nbs.tools.cli'
-        program = 'looped' if began['processes'] == 1 else launched
-        raise FieldError('processes', place()[1], f'{began["processes"]}, as it began: {program} resume {path}')
+    if (n := began['processes']) != place()[1]:
+        program = 'looped' if n == 1 else f'torchrun --nproc-per-node {n} -m looped_nbs.tools.cli'
+        raise FieldError('processes', place()[1], f'{n}, as the run began: {program} resume {path}')
     torch.set_num_threads(began['threads'])
     trainer = Trainer(model, task, experiment)
     if trainer.first: folder.lock()
