@@ -140,7 +140,7 @@ def read_experiment(
 
 # %% ../../nbs/09_tools/03_cli.ipynb #0e59ed51
 def _report(run, as_json=False):
-    "Print a finished run, or say how to go on; of several processes the first one does. Return the exit code."
+    "Print a finished run or say how to go on, in the first of several processes; return the exit code."
     if run is None and os.environ.get('RANK', '0') != '0': return 0
     if run is None:
         print('looped: stopped early; a checkpoint is saved, go on with `looped resume`', file=sys.stderr)
