@@ -386,6 +386,9 @@ def main(
     try: return _run(argv)
     except InputError as e: code, message = 2, str(e)
     except KeyboardInterrupt: code, message = 1, 'interrupted'
+    except BrokenPipeError: # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as e: code, message = 1, str(e)
     except SystemExit as e: return e.code or 0
     except MemoryError as e: code, message = 1, f'out of memory: {e}'
