@@ -163,6 +163,7 @@ class Optim:
 class Train:
     "How long, on how much, and how the difficulty grows."
     steps: int = 1000 # optimiser steps
+    epochs: int = 0 # passes over a training split that lists its problems, in place of train.steps; 0: none
     batch_size: int = 64 # examples a step, over all processes and micro-batches
     accumulation: int = 1 # micro-batches a step; does not change the result
     ramps: tuple[str, ...] = () # curriculum of FIELD:START:END:ADD:STEPS, such as task.max_length:5:40:1:100
@@ -172,6 +173,7 @@ class Train:
     def __post_init__(self):
         for name in ('steps', 'batch_size', 'accumulation', 'log_every', 'checkpoint_every'):
             at_least(f'train.{name}', getattr(self, name), 1)
+        at_least('train.epochs', self.epochs, 0)
         if self.batch_size % self.accumulation:
             allowed = f'a divisor of train.batch_size = {self.batch_size}'
             raise FieldError('train.accumulation', self.accumulation, allowed)

@@ -93,9 +93,22 @@ def build(
         try: model = _inside('model', lambda: cls.from_task(task, **exp.model.kwargs))
         except (RuntimeError, MemoryError, OverflowError, TypeError) as e: raise _too_large(exp, e) from None
     model.check_time(task.max_positions())
+    if exp.train.epochs: exp.train.steps = _steps(exp.train, task.splits['train'])
     for ramp in map(Ramp.parse, exp.train.ramps): _check_ramp(ramp, exp, task)
     if exp.run.track == 'wandb': import_wandb()
     return task, model
+
+def _steps(train, split):
+    "The steps of all epochs; only a listed split has epochs."
+    if split.problems is None:
+        raise FieldError('train.epochs', train.epochs, '0: this task draws new problems at every step')
+    for ramp in train.ramps:
+        if ramp.startswith('task.'): raise FieldError('train.ramps', ramp, 'a field of the model, with epochs')
+    short, parts = split.size % train.batch_size, train.accumulation * place()[1]
+    if 0 < short < parts:
+        allowed = f'one that leaves at least {parts} of {split.size} problems for the last batch, or none'
+        raise FieldError('train.batch_size', train.batch_size, allowed)
+    return train.epochs * -(-split.size // train.batch_size)
 
 def _check_ramp(ramp, exp, task):
     "Refuse a ramp that sets nothing, or that leaves what is trained at its first or last value."

@@ -72,7 +72,8 @@ class Trainer:
         **difficulty: object, # replaces the split's own
     ) -> Batch: # with position ids, on the device
         "Draw a batch and let the model number its positions, from the batch's own stream."
-        batch = self.task.sample(split, self.seed, step, n, **difficulty)
+        if split == 'train' and self.config.epochs: batch = self.task.shuffled(split, self.seed, step, n)
+        else: batch = self.task.sample(split, self.seed, step, n, **difficulty)
         batch.position_ids = self.model.position_ids(batch, numpy_stream(self.seed, split, 'positions', step))
         return batch.to(self.device)
 
