@@ -44,7 +44,11 @@ def take(
         if m.theirs not in tensors: continue
         tensor = tensors[m.theirs].mT if m.turned else tensors[m.theirs]
         taken.setdefault(m.ours, {})[m.piece] = tensor
-    return {ours: pieces[None] if None in pieces else torch.cat([pieces[i] for i in range(len(pieces))])
+    whole = Counter(m.ours for m in where.values())
+    for ours, pieces in taken.items():
+        if len(pieces) < whole[ours]:
+            raise FieldError('checkpoint', f'a part of {ours}', f'all {whole[ours]} parts of it, or none')
+    return {ours: pieces[None] if None in pieces else torch.cat([pieces[i] for i in sorted(pieces)])
             for ours, pieces in taken.items()}
 
 # %% ../../nbs/07_interop/00_adapt.ipynb #7d28afa3

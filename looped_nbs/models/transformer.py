@@ -18,18 +18,13 @@ from ..layers.positions import build_positions
 from .base import SequenceModel, initialise, register_model
 
 # %% ../../nbs/03_models/01_transformer.ipynb #b1eec4b6
-def _check_sizes(dropout, **sizes):
+def _check_sizes(dropout, max_len, **sizes):
     "Refuse sizes below 1, heads that do not divide the width and a dropout that is no probability."
     for name, value in sizes.items(): at_least(name, value, 1)
+    if max_len is not None: at_least('max_len', max_len, 1)
     if sizes['d_model'] % sizes['n_heads']:
         raise FieldError('d_model', sizes['d_model'], f"a multiple of n_heads = {sizes['n_heads']}")
     if not 0 <= dropout < 1: raise FieldError('dropout', dropout, 'a probability in [0, 1)')
-
-def _check_mixer(mix, name, causal, window):
-    "Refuse a mixer that cannot see the future or has no window, where it should."
-    if mix.causal and not causal: raise FieldError('causal', causal, f'true for the mixer {name}')
-    if getattr(mix, 'window', None) != window:
-        raise FieldError('window', window, f'none for the mixer {name}')
 
 def score_scale(
     d_head: float, # width of a head
@@ -39,6 +34,16 @@ def score_scale(
     "The factor of the attention scores of a layer."
     if by_width and divisor == 1: return None
     return (1 / d_head if by_width else 1.) ** .5 / divisor
+
+def _mixers(name, d_model, positions, scales, causal, window, **wanted):
+    "Build a mixer for each layer; refuse one that is causal or has no window, where it should not."
+    wanted |= {'causal': causal, 'window': window}
+    for scale in scales:
+        mix = build_mixer(name, d_model, scale=scale, relative=positions.per_layer(), **wanted)
+        if mix.causal and not causal: raise FieldError('causal', causal, f'true for the mixer {name}')
+        if getattr(mix, 'window', None) != window:
+            raise FieldError('window', window, f'none for the mixer {name}')
+        yield mix
 
 # %% ../../nbs/03_models/01_transformer.ipynb #94f3c4ab
 @register_model('transformer')
@@ -72,18 +77,15 @@ class Transformer(SequenceModel):
         null_row: bool = False, # is the embedding of the first token zero, and not trained?
         init: str = 'gpt2', # initial weights: gpt2, torch, clones or haiku
     ):
-        _check_sizes(dropout, d_model=d_model, n_layers=n_layers, n_heads=n_heads)
-        if max_len is not None: at_least('max_len', max_len, 1)
+        _check_sizes(dropout, max_len, d_model=d_model, n_layers=n_layers, n_heads=n_heads)
         scheme = build_positions(positions, d_model, n_heads, max_len, ids)
-        def block(i):
-            scale = score_scale(d_model / n_heads, scale_by_width, i + 1 if scale_by_depth else 1)
-            mix = build_mixer(mixer, d_model, n_heads=n_heads, causal=causal, scale=scale, window=window,
-                              bias=attention_bias, relative=scheme.per_layer())
-            _check_mixer(mix, mixer, causal=causal, window=window)
-            feedforward = FeedForward(d_model, 4 * d_model if d_ff is None else d_ff, activation, dropout)
-            return Block(mix, feedforward, d_model, norm, dropout)
-        exit_norm = nn.LayerNorm(d_model) if norm == 'pre' else None
-        body = Stack(map(block, range(n_layers)), scheme, exit_norm, dropout)
+        d_ff, d_head = 4 * d_model if d_ff is None else d_ff, d_model / n_heads
+        scales = [score_scale(d_head, scale_by_width, i * scale_by_depth + 1) for i in range(n_layers)]
+        mixers = _mixers(mixer, d_model, scheme, scales, n_heads=n_heads, causal=causal, window=window,
+                         bias=attention_bias)
+        layers = [Block(mix, FeedForward(d_model, d_ff, activation, dropout), d_model, norm, dropout)
+                  for mix in mixers]
+        body = Stack(layers, scheme, nn.LayerNorm(d_model) if norm == 'pre' else None, dropout)
         super().__init__(d_in, d_out, features, d_model, Loop(body), head_bias, tied, null_row, scale_input)
         self.sees_itself = sees_itself
         initialise(self, init)
