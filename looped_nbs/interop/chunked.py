@@ -140,8 +140,10 @@ def _encoder_layer(i, relative):
 def _encoder(params, config):
     "The ancestor's encoder."
     encoding = one_of('positional_encodings', config.get('positional_encodings') or 'SIN_COS', ENCODINGS)
-    only(config, use_embeddings=True, num_hiddens_per_head=None, max_time=10000)
     d_in, d_model = params['transformer_encoder/linear/w'].shape
+    n_heads, per_head = need(config, 'num_heads'), config.get('num_hiddens_per_head')
+    only(config, use_embeddings=True, max_time=10000)
+    if per_head: only(config, num_hiddens_per_head=d_model // n_heads)
     d_out, causal = params['linear/b'].shape[0], bool(config.get('causal_masking', False))
     n_layers, window = need(config, 'num_layers'), config.get('attention_window')
     moves = [Move('transformer_encoder/linear/w', 'embed.weight'), Move('linear/w', 'head.weight', True),
@@ -149,7 +151,7 @@ def _encoder(params, config):
     for i in range(n_layers): moves += _encoder_layer(i, encoding == 'RELATIVE')
     shifted = encoding == 'RELATIVE' and causal
     fields = {
-        'd_model': d_model, 'n_layers': n_layers, 'n_heads': need(config, 'num_heads'),
+        'd_model': d_model, 'n_layers': n_layers, 'n_heads': n_heads,
         'd_ff': params['transformer_encoder/linear_1/b'].shape[0], 'norm': 'post', 'causal': causal,
         'positions': 'ancestor_relative' if shifted else ENCODINGS[encoding],
         'window': None if window is None else window // 2, 'dropout': config.get('dropout_prob', .1),

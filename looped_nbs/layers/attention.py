@@ -64,18 +64,18 @@ class Attention(Mixer):
         of_q, of_kv = (None, None) if self.qkv.bias is None else self.qkv.bias.split([len(q), len(kv)])
         return map(self._heads, (F.linear(x, q, of_q), *F.linear(context, kv, of_kv).chunk(2, -1)))
 
-    def _place(self, q, k, placed):
+    def _place(self, q, k, placed, causal):
         "Rotate queries and keys, or add to queries; return them with what is added to the scores."
         if placed.rotate: return placed.rotate(q), placed.rotate(k), placed.bias
         if placed.relative is None: return q, k, placed.bias
         if self.relative is None: raise FieldError('relative', None, '`per_layer()` of the positions')
-        q, by_position = self.relative(q, placed.relative)
+        q, by_position = self.relative(q, placed.relative, causal)
         return q, k, by_position * (q.shape[-1] ** -.5 if self.scale is None else self.scale)
 
     def forward(self, x, *, context=None, mask=None, positions=None, state=None):
         q, k, v = self._project(x, context)
-        q, k, bias = self._place(q, k, positions or Placed())
         causal, window = (self.causal, self.window) if context is None else (False, None)
+        q, k, bias = self._place(q, k, positions or Placed(), causal)
         mask, hint = score_mask(x.shape[1], k.shape[2], causal, mask, bias, x.device, window)
         dropout = self.dropout if self.training else 0.
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, hint, scale=self.scale)

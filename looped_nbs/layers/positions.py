@@ -76,7 +76,7 @@ class Placed:
     "Positions of one batch, ready for use in every layer."
     rotate: Callable | None = None # (batch, heads, time, d_k) to the same shape
     bias: Tensor | None = None # added to scores (batch or 1, heads, time, time)
-    relative: tuple[Tensor, Tensor] | None = None # what `RelativeScores` reads: sinusoids, and whose they are
+    relative: tuple[Tensor, Tensor | None] | None = None # what `RelativeScores` reads
 
 # %% ../../nbs/02_layers/01_positions.ipynb #41230d1b
 POSITIONS = {}
@@ -324,16 +324,24 @@ class RelativeScores(nn.Module):
 
     def forward(self,
         q: Tensor, # queries (batch, heads, time, d_k)
-        relative: tuple[Tensor, Tensor], # what `RelativePositions` placed
+        relative: tuple[Tensor, Tensor | None], # sinusoids (distances, d_model); column of each pair
+        causal: bool = False, # are keys after the query masked, so that their scores do not matter?
     ) -> tuple[Tensor, Tensor]: # queries with the content bias; position scores (batch, heads, time, time)
         "Divide the score into a product with the keys and a part that knows no keys."
-        waves, rows = relative
+        waves, columns = relative
+        if causal and columns is None: waves = waves[:q.shape[2] + 1]
         r = self.r(waves).unflatten(-1, self.u.shape).transpose(0, 1)
         by_distance = (q + self.v[:, None]) @ r.mT
-        rows = rows[:, None].expand(*q.shape[:2], -1, -1)
-        return q + self.u[:, None], by_distance.gather(-1, rows)
+        if columns is None: return q + self.u[:, None], _shifted(by_distance)
+        return q + self.u[:, None], by_distance.gather(-1, columns[:, None].expand(*q.shape[:2], -1, -1))
 
 # %% ../../nbs/02_layers/01_positions.ipynb #5b02183c
+def _shifted(scores):
+    "From distances (…, time, time down to 0 or less) to keys (…, time, time), without a copy."
+    time, n = scores.shape[-2:]
+    return scores.flatten(-2)[..., time:].unflatten(-1, (time, n - 1))[..., :time]
+
+# %% ../../nbs/02_layers/01_positions.ipynb #599a0d29
 @register_positions('relative')
 class RelativePositions(NoPositions):
     "Let every layer learn what the signed distance of query and key adds to their score."
@@ -353,12 +361,13 @@ class RelativePositions(NoPositions):
 
     def place(self, ids, dtype):
         if ids.stride(0) == 0: ids = ids[:1]  # the same ids in every row: one set of distances for all
-        reach = int(ids.amax() - ids.amin()) if ids.numel() else 0
-        distances = torch.arange(-reach, reach + 1, device=ids.device) + self.nearest
+        steady = bool((ids.diff(dim=1) == 1).all())
+        reach = max(ids.shape[1] - 1, 0) if steady else int(ids.amax() - ids.amin())
+        distances = torch.arange(reach + 1, -reach - 1, -1, device=ids.device) + self.nearest
         waves = sinusoids(distances, self.frequency, self.pairs).to(dtype)
-        return Placed(relative=(waves, ids[:, :, None] - ids[:, None, :] + reach))
+        return Placed(relative=(waves, None if steady else reach + 1 - ids[:, :, None] + ids[:, None]))
 
-# %% ../../nbs/02_layers/01_positions.ipynb #0b5ee328
+# %% ../../nbs/02_layers/01_positions.ipynb #438f1006
 @register_positions('scalar')
 class ScalarPositions(NoPositions):
     "Write the position into the last feature, as a number between 0 and 1."
@@ -379,7 +388,7 @@ class ScalarPositions(NoPositions):
         ids = super().draw_ids(batch, rng)
         return ids if self.max_len is None else ids / self.max_len
 
-# %% ../../nbs/02_layers/01_positions.ipynb #438f1006
+# %% ../../nbs/02_layers/01_positions.ipynb #bf2fb421
 def build_positions(
     name: str, # a registered scheme
     d_model: int, # width of the model
