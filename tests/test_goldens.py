@@ -139,8 +139,8 @@ NOT_BUILT = {
     '''),
     'part 6': _stems('chunked', '''
         brt_chunk1 brt_chunk2 brt_chunk4 brt_chunk8 brt_layers2_rec1 dm_encdec_none dm_encdec_rotary
-        dm_encdec_sin_cos dm_lstm dm_ndstack_rnn dm_rnn dm_stack_lstm dm_stack_rnn dm_tape_rnn staircase_chunk1
-        staircase_chunk1_cache1 staircase_chunk1_cache2 staircase_chunk1_cacheall staircase_chunk1_group2
+        dm_encdec_sin_cos dm_lstm dm_ndstack_rnn dm_rnn dm_stack_lstm dm_stack_rnn dm_tape_rnn
+        staircase_chunk1 staircase_chunk1_cache1 staircase_chunk1_cache2 staircase_chunk1_cacheall staircase_chunk1_group2
         staircase_chunk2 staircase_chunk2_cache1 staircase_chunk2_cache2 staircase_chunk2_cacheall
         staircase_chunk2_group2 staircase_chunk4 staircase_chunk4_cache1 staircase_chunk4_cache2
         staircase_chunk4_cacheall staircase_chunk4_group2 staircase_chunk8 staircase_chunk8_cache1

@@ -22,21 +22,23 @@ _MODELS = {
     'lstm': {'name': 'lstm', 'd_model': 64},
     'gru': {'name': 'gru', 'd_model': 64},
 }
-_ANCESTOR = {'name': 'transformer', 'd_model': 64, 'n_layers': 5, 'n_heads': 8, 'dropout': 0.1, 'norm': 'post',
-             'causal': False, 'attention_bias': False, 'head_bias': True, 'scale_input': True, 'init': 'haiku'}
-_ANCESTORS = {f'ancestor_{name.lower()}': _ANCESTOR | {'positions': known} for name, known in ENCODINGS.items()}
+_ANCESTOR = {'name': 'transformer', 'd_model': 64, 'n_layers': 5, 'n_heads': 8, 'dropout': 0.1,
+             'norm': 'post', 'causal': False, 'attention_bias': False, 'head_bias': True,
+             'scale_input': True, 'init': 'haiku'}
+_ANCESTORS = {f'ancestor_{there.lower()}': _ANCESTOR | {'positions': here}
+              for there, here in ENCODINGS.items()}
 
 def _register():
     "Enter the presets of the study."
+    models = {'': _TRANSFORMER} | {f'/{name}': model for name, model in (_MODELS | _ANCESTORS).items()}
     for task in TASKS:
-        for name, model in (('', _TRANSFORMER), *((f'/{n}', m) for n, m in (_MODELS | _ANCESTORS).items())):
-            attends = 'transformer' in model['name']
+        for name, model in models.items():
+            attends, decays = 'transformer' in model['name'], 'ancestor' not in name
             described = f'{task.replace("_", " ")}, strings of 1 to 40; {name.strip("/") or "transformer"}'
             coding = 'tape' if attends else 'last'
             register_preset(f'chunked/{task}{name}', described,
                             task={'name': task, 'coding': coding, 'test_length': 500}, model=model,
-                            optim={'lr': 1e-4 if attends else 1e-3,
-                                   'weight_decay': 0. if name.removeprefix('/') in _ANCESTORS else 0.01},
+                            optim={'lr': 1e-4 if attends else 1e-3, 'weight_decay': 0.01 * decays},
                             train={'steps': 20_000, 'batch_size': 128},
                             evaluate={'examples': 512, 'every': 10})
 
