@@ -140,20 +140,21 @@ NOT_BUILT = {
     'part 6': _stems('chunked', '''
         brt_chunk1 brt_chunk2 brt_chunk4 brt_chunk8 brt_layers2_rec1 dm_encdec_none dm_encdec_rotary
         dm_encdec_sin_cos dm_lstm dm_ndstack_rnn dm_rnn dm_stack_lstm dm_stack_rnn dm_tape_rnn
-        staircase_chunk1 staircase_chunk1_cache1 staircase_chunk1_cache2 staircase_chunk1_cacheall staircase_chunk1_group2
-        staircase_chunk2 staircase_chunk2_cache1 staircase_chunk2_cache2 staircase_chunk2_cacheall
-        staircase_chunk2_group2 staircase_chunk4 staircase_chunk4_cache1 staircase_chunk4_cache2
-        staircase_chunk4_cacheall staircase_chunk4_group2 staircase_chunk8 staircase_chunk8_cache1
-        staircase_chunk8_cache2 staircase_chunk8_cacheall staircase_chunk8_group2 staircase_diagonal_chunk1
-        staircase_diagonal_chunk2 staircase_diagonal_chunk2_ragged staircase_diagonal_chunk4
-        staircase_diagonal_chunk4_ragged staircase_parallel_causal staircase_parallel_full
-        staircase_postnorm staircase_short_input task_deepmind_binary_addition
-        task_deepmind_binary_multiplication task_deepmind_bucket_sort task_deepmind_compute_sqrt
-        task_deepmind_cycle_navigation task_deepmind_duplicate_string task_deepmind_even_pairs
-        task_deepmind_missing_duplicate_string task_deepmind_modular_arithmetic
-        task_deepmind_modular_arithmetic_brackets task_deepmind_modular_arithmetic_brackets_nomult
-        task_deepmind_odds_first task_deepmind_parity_check task_deepmind_reverse_string
-        task_deepmind_solve_equation task_deepmind_stack_manipulation
+        staircase_chunk1 staircase_chunk1_cache1 staircase_chunk1_cache2 staircase_chunk1_cacheall
+        staircase_chunk1_group2 staircase_chunk2 staircase_chunk2_cache1 staircase_chunk2_cache2
+        staircase_chunk2_cacheall staircase_chunk2_group2 staircase_chunk4 staircase_chunk4_cache1
+        staircase_chunk4_cache2 staircase_chunk4_cacheall staircase_chunk4_group2 staircase_chunk8
+        staircase_chunk8_cache1 staircase_chunk8_cache2 staircase_chunk8_cacheall
+        staircase_chunk8_group2 staircase_diagonal_chunk1 staircase_diagonal_chunk2
+        staircase_diagonal_chunk2_ragged staircase_diagonal_chunk4 staircase_diagonal_chunk4_ragged
+        staircase_parallel_causal staircase_parallel_full staircase_postnorm staircase_short_input
+        task_deepmind_binary_addition task_deepmind_binary_multiplication task_deepmind_bucket_sort
+        task_deepmind_compute_sqrt task_deepmind_cycle_navigation task_deepmind_duplicate_string
+        task_deepmind_even_pairs task_deepmind_missing_duplicate_string
+        task_deepmind_modular_arithmetic task_deepmind_modular_arithmetic_brackets
+        task_deepmind_modular_arithmetic_brackets_nomult task_deepmind_odds_first
+        task_deepmind_parity_check task_deepmind_reverse_string task_deepmind_solve_equation
+        task_deepmind_stack_manipulation
     '''),
     'part 7': _stems('counting', '''
         mamba op_cauchy op_causal_conv1d_silu op_fftconv op_fftconv_bidirectional op_fftconv_ch2_glu
