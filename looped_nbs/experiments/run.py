@@ -31,6 +31,11 @@ from looped_nbs.tasks import (  # noqa: F401  register tasks
     counting_raspl,
     counting_selective,
     counting_shifted,
+    language_automata,
+    language_brackets,
+    language_counters,
+    language_nested,
+    language_repeats,
     regression,
     regular,
 )

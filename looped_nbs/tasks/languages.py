@@ -145,7 +145,7 @@ class Language(Task):
         test: tuple[int, int], # window of the test
         *,
         coding: str = 'prefix', # how a set is answered: prefix (one class for each set) or multi_hot
-        train_size: int = 10_000, # different training strings, visited in epochs; 0: fresh ones without end
+        train_size: int = 10_000, # different training strings, for epochs; 0: fresh ones without end
         val_size: int = 2000, # different strings of the training window that are not trained on
         test_size: int = 2000, # different strings beyond the training window
         pad_class: bool = False, # has the softmax a class for padding, as in the study?
@@ -267,16 +267,6 @@ def _shares(self: Language, train, rows, shown):
     return f'{len(set(rows) & set(shown))} of {len(rows)}: their lengths meet'
 
 # %% ../../nbs/04_tasks/07_languages.ipynb #59dec447
-@patch
-def sample(self: Language, split, seed, step, n, **difficulty):
-    "Draw one batch of a split's stream; listed training strings come in shuffled epochs."
-    part = self.splits[one_of('split', split, self.splits)]
-    if split != 'train' or part.problems is None or difficulty:
-        return Task.sample(self, split, seed, step, n, **difficulty)
-    epoch, at = divmod(step, -(-part.size // n))
-    rows = numpy_stream(seed, split, 'epoch', epoch).permutation(part.size)[at * n:(at + 1) * n]
-    return self.encode({k: v[rows] for k, v in part.problems.items()})
-
 @patch
 def show(self: Language, batch, row=0):
     "Write one example as two lines of words: tokens, and under each the set as published."

@@ -209,6 +209,7 @@ def _write_data(task, folder, count, seed):
     from tqdm.auto import tqdm
 
     from looped_nbs.tasks.files import to_examples, write_examples
+    from looped_nbs.tasks.paired_files import write_pair
     files = {name: folder/task.files.get(name, f'{name}.txt') for name in task.splits}
     for file in files.values():
         if file.exists(): raise FieldError('out', str(folder), f'a folder without {file.name}')
@@ -220,7 +221,8 @@ def _write_data(task, folder, count, seed):
             yield from to_examples(problem, task.symbols, task.answers)
     for name, file in files.items():
         size = task.splits[name].size if task.splits[name].problems is not None else count
-        lines = write_examples(file, tqdm(examples(name, size), total=size, desc=name, unit='line'))
+        write = write_pair if file.suffix == '.src' else write_examples
+        lines = write(file, tqdm(examples(name, size), total=size, desc=name, unit='line'))
         print(f'{file}: {lines:,} lines')
     return 0
 
