@@ -104,9 +104,10 @@ def held_out(
     return (mixed >> np.uint64(33)) % np.uint64(HELD_OUT) == 0
 
 # %% ../../nbs/04_tasks/07_languages.ipynb #29b9f076
-def _padded(rows, width):
+def _padded(rows):
     "Letters and lengths of strings that are bytes without padding."
     lengths = np.array([len(r) for r in rows], dtype=np.int64)
+    width = lengths.max(initial=1)
     tokens = np.frombuffer(b''.join(r.ljust(width, b'\xff') for r in rows), dtype=np.int8)
     return tokens.reshape(len(rows), width), lengths
 
@@ -228,45 +229,40 @@ def make_splits(self: Language,
     test: tuple[int, int], # window of the test
     sizes: tuple[int, int, int], # strings of train, val, test
 ) -> None:
-    "Set the splits of a language; training, validation and test are lists."
+    "Set the splits of a language, lists all of them but for training without end."
     for name, ends in (('max', train), ('test', test)):
         if not any(map(self.grammar.has, range(ends[0], ends[1] + 1))):
             allowed = f'a window with strings of the language, unlike {ends[0]} to {ends[1]}'
             raise FieldError(f'{name}_{self.axis}', ends[1], allowed)
     shown, kept, exhausted = distinct(self.grammar, *train, (sizes[0], sizes[1]))
-    few = exhausted and len(shown) + len(kept) < FEW
-    fresh = Split({self.axis: train}) if few else Split({self.axis: train, 'held_out': False})
-    shared = '0: held out by a hash of the string'
-    if few:
-        kept = sorted(shown + kept, key=lambda row: (len(row), row))[:sizes[1]]
-        shared = f'{len(kept)} of {len(kept)}: the window has no more strings'
-    ends = self._listed(train, kept, shared)
     beyond = sorted(sum(distinct(self.grammar, *test, (sizes[2], 0))[:2], [])[:sizes[2]], key=len)
-    self.splits = {'train': fresh if not sizes[0] else self._shown(train, few, shown, sizes[0]),
-                   'val': ends, 'test': self._listed(test, beyond, self._shares(train, beyond, shown))}
-
-@patch
-def _listed(self: Language, ends, rows, overlap):
-    "A split of listed strings."
-    problems = self.problem(*_padded(rows, max(map(len, rows))))
-    return Split({self.axis: ends}, len(rows), overlap, problems)
-
-@patch
-def _shown(self: Language, ends, few, rows, size):
-    "Training: different strings, or where there are few, drawn ones."
-    if not few: split = self._listed(ends, rows, '')
-    else:
-        problems = self.draw(numpy_stream(0, repr(self.grammar), 'train'), size, **{self.axis: ends})
-        split = Split({self.axis: ends}, size, '', problems)
-    return Split(split.difficulty | ({} if few else {'held_out': False}), split.size, '', split.problems)
-
-@patch
-def _shares(self: Language, train, rows, shown):
-    "What the test shares with training, in words."
-    if self.length(train[1]) < min(map(len, rows)): return '0: longer than any training string'
-    return f'{len(set(rows) & set(shown))} of {len(rows)}: their lengths meet'
+    few = exhausted and len(shown) + len(kept) < FEW
+    if few: kept = sorted(shown + kept, key=lambda row: (len(row), row))[:sizes[1]]
+    difficulty = {self.axis: train} | ({} if few else {'held_out': False})
+    self.splits, used = {'train': Split(difficulty)}, set(kept * few)
+    if sizes[0]:
+        problems = self._repeated(train, sizes[0]) if few else self.problem(*_padded(shown))
+        used = set(_unpadded(problems['tokens'], problems['lengths']))
+        self.splits['train'] = Split(difficulty, len(problems['lengths']), '', problems)
+    beyond_all = self.length(train[1]) < len(beyond[0])
+    kinds = 'held out by a hash of the string', 'longer than any training string', 'though lengths meet'
+    self.splits['val'] = self._listed(train, kept, used, kinds[0])
+    self.splits['test'] = self._listed(test, beyond, used, kinds[1 if beyond_all else 2])
 
 # %% ../../nbs/04_tasks/07_languages.ipynb #59dec447
+@patch
+def _repeated(self: Language, ends, size):
+    "Training strings of a language with few: drawn, each as often as it comes."
+    return self.draw(numpy_stream(0, repr(self.grammar), 'train'), size, **{self.axis: ends})
+
+@patch
+def _listed(self: Language, ends, rows, used, otherwise):
+    "A split of listed strings, with what it shares with training."
+    shared = len(set(rows) & used)
+    overlap = f'{shared} of {len(rows)}: there are hardly any others' if shared else f'0: {otherwise}'
+    return Split({self.axis: ends}, len(rows), overlap, self.problem(*_padded(rows)))
+
+# %% ../../nbs/04_tasks/07_languages.ipynb #93b36e72
 @patch
 def show(self: Language, batch, row=0):
     "Write one example as two lines of words: tokens, and under each the set as published."
@@ -277,7 +273,7 @@ def show(self: Language, batch, row=0):
     line = lambda words: ' '.join(w.rjust(self.d_out) for w in words)
     return f'in  {line(tokens)}\nout {line(sets)}'
 
-# %% ../../nbs/04_tasks/07_languages.ipynb #63315782
+# %% ../../nbs/04_tasks/07_languages.ipynb #a3ca3cd7
 class LengthLanguage(Language):
     "A language whose windows bound the length of strings."
     def __init__(self,
@@ -292,7 +288,7 @@ class LengthLanguage(Language):
         at_least('test_length', test_length, max_length + 1)
         super().__init__(grammar, (min_length, max_length), (max_length + 1, test_length), **fields)
 
-# %% ../../nbs/04_tasks/07_languages.ipynb #6a59f4d4
+# %% ../../nbs/04_tasks/07_languages.ipynb #f17b3350
 @patch
 def read(self: Language,
     folder: Path, # with {train,valid,test}_50.{src,tgt}
