@@ -1,4 +1,4 @@
-"Formal languages as a whole: promises of every registered one, their splits, files by the program, training in epochs."
+"Formal languages as a whole: promises of every one, their splits, files by the program, training in epochs."
 import numpy as np
 import pytest
 from conftest import call
@@ -82,8 +82,8 @@ def test_training_without_end_shows_nothing_that_is_held_out(name):
 
 
 def test_files_by_the_program(tmp_path):
-    words = ('--task.max-length', '12', '--task.test-length', '20', '--task.train-size', '40', '--task.val-size', '9',
-             '--task.test-size', '7')
+    words = ('--task.max-length', '12', '--task.test-length', '20', '--task.train-size', '40',
+             '--task.val-size', '9', '--task.test-size', '7')
     answer = call('data', 'language_dyck_2', '--out', tmp_path/'data', *words)
     assert answer.code == 0, answer.err
     for split, size in (('train', 40), ('valid', 9), ('test', 7)):
@@ -105,7 +105,8 @@ def test_files_by_the_program(tmp_path):
 ])
 def test_damaged_files(file, line, text, reason, tmp_path):
     folder = tmp_path/'data'
-    words = ('--task.max-length', '12', '--task.test-length', '20', '--task.train-size', '40', '--task.val-size', '9')
+    words = ('--task.max-length', '12', '--task.test-length', '20', '--task.train-size', '40',
+             '--task.val-size', '9')
     assert call('data', 'language_dyck_1', '--out', folder, *words).code == 0
     lines = (folder/file).read_text().splitlines()
     other = folder/(file[:-3] + ('tgt' if file.endswith('src') else 'src'))
@@ -113,7 +114,8 @@ def test_damaged_files(file, line, text, reason, tmp_path):
     else:
         lines[line - 1] = text
         theirs = other.read_text().splitlines()
-        if len(text.split()): theirs[line - 1] = ' '.join(['0' if other.suffix == '.tgt' else '('] * len(text.split()))
+        filler = ['0' if other.suffix == '.tgt' else '('] * len(text.split())
+        if filler: theirs[line - 1] = ' '.join(filler)
         other.write_text('\n'.join(theirs))
     (folder/file).write_text('\n'.join(lines))
     answer = call('train', '--task', 'language_dyck_1', '--model', 'lstm', '--task.data-dir', folder,
@@ -126,8 +128,9 @@ def test_damaged_files(file, line, text, reason, tmp_path):
 def test_training_in_epochs(coding, tmp_path):
     answer = call('train', '--task', 'language_aa_star', '--model', 'lstm', '--task.coding', coding,
                   '--task.train-size', '70', '--task.max-length', '10', '--task.test-length', '14',
-                  '--train.epochs', '2', '--train.batch-size', '32', '--optim.name', 'adam', '--optim.betas', '0.9',
-                  '0.995', '--optim.eps', '1e-9', '--evaluate.examples', '8', '--out', tmp_path/'run')
+                  '--train.epochs', '2', '--train.batch-size', '32', '--optim.name', 'adam',
+                  '--optim.betas', '0.9', '0.995', '--optim.eps', '1e-9',
+                  '--evaluate.examples', '8', '--out', tmp_path/'run')
     assert answer.code == 0, answer.err
     assert '6/6' in answer.err and '| language_aa_star | lstm' in answer.out
 

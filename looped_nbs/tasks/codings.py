@@ -92,7 +92,8 @@ class MultiHot(Prefix):
     objective = MultiLabel()
 
     def __call__(self, problem, vocab):
-        if 'sets' not in problem: raise FieldError('coding', 'multi_hot', 'for a problem whose answers are sets')
+        if 'sets' not in problem:
+            raise FieldError('coding', 'multi_hot', 'for a problem whose answers are sets')
         batch = super().__call__(problem, vocab)
         batch.targets = torch.from_numpy(np.asarray(problem['sets'], dtype=np.float32))
         return batch

@@ -13,7 +13,7 @@ from itertools import product
 
 import numpy as np
 
-from ..core.errors import FieldError, InputError
+from ..core.errors import FieldError, InputError, at_least
 from .counting_lines import register_variants
 from .language_automata import lengths_of
 from .languages import Grammar, LengthLanguage
@@ -47,7 +47,7 @@ def choices(
     q: float, # probability of a concatenation
     max_depth: int, # deepest nesting; 0: as deep as the length allows
 ) -> np.ndarray: # row number + cumulated weight, for depth and half length, flat
-    "What a part of given depth and length is made of: a pair, or a split after 1, 2, ... brackets and their partners."
+    "Say what a part of given depth and length is made of: a pair, or a split after 1, 2, ... pairs."
     f = length_shares(high, p, q, max_depth)[:, ::2]
     depths, halves = len(f) - 1, f.shape[1]
     weights = np.zeros((depths, halves, max(halves - 1, 1)))
@@ -72,8 +72,9 @@ class Brackets(Grammar):
     def __post_init__(self):
         if not 1 <= self.n_pairs <= len(PAIRS): raise FieldError('n_pairs', self.n_pairs, 'from 1 to 7')
         if not 0 < self.p < 1: raise FieldError('p', self.p, 'a number between 0 and 1')
-        if not 0 <= self.q < min(.5, 1 - self.p): raise FieldError('q', self.q, 'less than 0.5 and than 1 - p')
-        if self.max_depth < 0: raise FieldError('max_depth', self.max_depth, 'a number of at least 0')
+        if not 0 <= self.q < min(.5, 1 - self.p):
+            raise FieldError('q', self.q, 'less than 0.5 and than 1 - p')
+        at_least('max_depth', self.max_depth, 0)
 
     @property
     def letters(self): return ''.join(PAIRS[:self.n_pairs])
@@ -107,8 +108,8 @@ class Brackets(Grammar):
         start, depth, half = rows * width, np.zeros(len(rows), np.int64), lengths[rows] // 2
         while len(start):
             row = depth * halves + half
-            option = np.searchsorted(flat, row + rng.random(len(row)), side='right') - row * max(halves - 1, 1)
-            option = np.minimum(option, half - 1)
+            option = np.searchsorted(flat, row + rng.random(len(row)), side='right')
+            option = np.minimum(option - row * max(halves - 1, 1), half - 1)
             pair, split = option == 0, np.flatnonzero(option)
             begins.append(start[pair])
             ends.append(start[pair] + 2 * half[pair] - 1)
@@ -126,7 +127,6 @@ class Brackets(Grammar):
         tokens[begins], tokens[ends] = 2 * kind, 2 * kind + 1
 
 # %% ../../nbs/04_tasks/07d_language_brackets.ipynb #4400564b
-@dataclass(frozen=True)
 class Dyck(Brackets):
     "Balanced brackets in which the last opened is closed first."
     @property
@@ -159,7 +159,6 @@ class Dyck(Brackets):
         return answers
 
 # %% ../../nbs/04_tasks/07d_language_brackets.ipynb #0ddb5bed
-@dataclass(frozen=True)
 class Shuffle(Brackets):
     "Brackets of which each kind is balanced by itself."
     level = 'counter'
@@ -182,7 +181,6 @@ class Shuffle(Brackets):
         return [''.join(is_open(w, pair) for pair in PAIRS[:self.n_pairs]) for w in prefixes]
 
 # %% ../../nbs/04_tasks/07d_language_brackets.ipynb #21998cef
-@dataclass(frozen=True)
 class ResetDyck(Brackets):
     "Brackets, a reset that closes whatever is open, and balanced brackets."
     level = 'counter'
@@ -260,5 +258,5 @@ register_variants(DyckLanguage, {
     f'language_dyck_{k}': (f'Which of {k} kinds of brackets may be closed, the last opened first?'
                            if k > 1 else 'May a bracket be closed?', {'n_pairs': k}) for k in (1, 2, 3, 4)})
 register_variants(ShuffleLanguage, {
-    f'language_shuffle_{k}': (f'Which of {k} kinds of brackets may be closed, each by itself?', {'n_pairs': k})
-    for k in (2, 4, 6)})
+    f'language_shuffle_{k}': (f'Which of {k} kinds of brackets may be closed, each by itself?',
+                              {'n_pairs': k}) for k in (2, 4, 6)})

@@ -10,7 +10,6 @@ __all__ = ['PATTERNS', 'RULES', 'Counter', 'CounterLanguage', 'redraw', 'spread'
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
 
 import numpy as np
 
@@ -37,7 +36,8 @@ class Counter(Grammar):
 
     @cached_property
     def sets(self):
-        k, extra = self.n_letters, 'abcdefghijklmnopqrstu'[self.n_letters]  # as published: the letter behind the last
+        k = self.n_letters
+        extra = 'abcdefghijklmnopqrstu'[k]  # as published: the letter behind the last
         one = {a: ''.join(str(int(i == j)) for j in range(k + 1)) for i, a in enumerate(self.outputs)}
         return {extra: '11' + '0' * (k - 1)} | {a: one[a] for a in self.outputs[1:]}
 

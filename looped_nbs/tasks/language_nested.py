@@ -166,7 +166,8 @@ class NestedLanguage(LengthLanguage):
         **fields: object, # fields of every language
     ): super().__init__(Nested(depth), **fields)
 
-register_variants(BooleanLanguage, {f'language_boolean_{k}': (f'Is an expression with {k} operators complete?',
-                                                              {'n_operators': k}) for k in (1, 2, 3)})
+register_variants(BooleanLanguage, {
+    f'language_boolean_{k}': (f'Is an expression with {k} kinds of operators complete?', {'n_operators': k})
+    for k in (1, 2, 3)})
 register_variants(NestedLanguage, {f'language_d_{k}': (f'What may follow in brackets at most {k} deep?',
                                                        {'depth': k}) for k in (2, 3, 4)})

@@ -79,8 +79,8 @@ def drawn(
     n: int, # number of strings
     low: int, # start of the window
     high: int, # end of the window, included
-) -> tuple[np.ndarray, np.ndarray]: # letters (n, time), with the number of letters behind the end; lengths (n,)
-    "Draw padded strings from a window."
+) -> tuple[np.ndarray, np.ndarray]: # letters (n, time); lengths (n,)
+    "Draw strings from a window; behind the end of a string stands the number of letters."
     tokens, lengths = grammar.strings(rng, n, *window(grammar, low, high))
     lengths = lengths.astype(np.int64)
     tokens = tokens[:, :lengths.max()].astype(np.int8)
@@ -207,7 +207,7 @@ def _trainable(self: Language, rng, n, low, high):
     width = self.length(high)
     tokens, lengths = np.zeros((n, width), np.int8), np.zeros(n, np.int64)
     missing = np.arange(n)
-    for turn in range(20):
+    for _ in range(20):
         rows, ends = drawn(self.grammar, rng, len(missing), low, high)
         tokens[missing, :rows.shape[1]], lengths[missing] = rows, ends
         missing = missing[held_out(rows, ends)]
@@ -315,4 +315,5 @@ def _check(self: Language, file, number, tokens, given):
     try: right = self.grammar.rule(''.join(tokens))
     except ValueError as e: raise DataError(file, number, str(e)) from None
     for t, (a, b) in enumerate(zip(given, right, strict=True)):
-        if a != b: raise DataError(file.with_suffix('.tgt'), number, f'target {t + 1} is {a!r}, expected {b!r}')
+        reason = f'target {t + 1} is {a!r}, expected {b!r}'
+        if a != b: raise DataError(file.with_suffix('.tgt'), number, reason)

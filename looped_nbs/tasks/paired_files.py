@@ -26,7 +26,8 @@ def write_pair(
     try:
         with open(parts[0], 'w') as tokens, open(parts[1], 'w') as targets:
             for example in examples:
-                for file, words in zip((tokens, targets), example, strict=True): file.write(' '.join(words) + '\n')
+                for file, words in zip((tokens, targets), example, strict=True):
+                    file.write(' '.join(words) + '\n')
                 lines += 1
         for part, path in zip(parts, paths, strict=True): os.replace(part, path)
     finally:
@@ -52,7 +53,8 @@ def read_pair(
             if words is None: raise DataError(path, number, f'the file ends, but {other.name} goes on')
             if not words: raise DataError(path, number, 'an empty line')
         if len(tokens) != len(targets):
-            raise DataError(target, number, f'{len(targets)} targets but {len(tokens)} tokens in {source.name}')
+            reason = f'{len(targets)} targets but {len(tokens)} tokens in {source.name}'
+            raise DataError(target, number, reason)
         examples.append((tokens, targets))
     if not examples: raise FieldError('file', str(source), 'a file with at least one line')
     return examples
