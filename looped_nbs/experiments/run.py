@@ -108,7 +108,7 @@ def _steps(train, split):
     if split.problems is None:
         raise FieldError('train.epochs', train.epochs, '0: this task draws new problems at every step')
     for ramp in train.ramps:
-        if ramp.startswith('task.'): raise FieldError('train.ramps', ramp, 'a field of the model, with epochs')
+        if ramp.startswith('task.'): raise FieldError('train.ramps', ramp, 'one of the model, with epochs')
     short, parts = split.size % train.batch_size, train.accumulation * place()[1]
     if 0 < short < parts:
         allowed = f'one that leaves at least {parts} of {split.size} problems for the last batch, or none'

@@ -402,5 +402,11 @@ def main(
     print(f'looped{process}: {" ".join(message.split())}', file=sys.stderr)
     return code
 
-# %% ../../nbs/09_tools/03_cli.ipynb #5c1313be
-if __name__ == '__main__' and __spec__: sys.exit(main()) # as `python -m` does; a notebook has no spec
+# %% ../../nbs/09_tools/03_cli.ipynb #3fe06025
+def _end(code):
+    "End this process."
+    for stream in (sys.stdout, sys.stderr): stream.flush()
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1: os._exit(code)
+    sys.exit(code)
+
+if __name__ == '__main__' and __spec__: _end(main()) # a notebook has no spec

@@ -6,8 +6,10 @@
 __all__ = ['place', 'pick_device', 'pick_threads', 'sum_over_processes', 'sum_gradients', 'sum_tallies']
 
 # %% ../../nbs/05_training/02a_devices.ipynb #bb704f47
+import atexit
 import os
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 from accelerate import PartialState
@@ -32,11 +34,18 @@ def pick_device(
         raise FieldError('run.device', name, 'auto, cpu, or a device this machine has') from None
     return torch.device(name)
 
+@cache
+def _join(cpu):
+    "Meet the other processes, once; leave them in good order, however this one ends."
+    state = PartialState(cpu=cpu)
+    atexit.register(state.destroy_process_group)
+    return state
+
 def _joined(name):
     "The device that the launcher means for this process."
     known = ['auto', 'cpu'] + ['cuda'] * torch.cuda.is_available()
     if name not in known: raise FieldError('run.device', name, f'{" or ".join(known)} for several processes')
-    try: return PartialState(cpu=name == 'cpu' or 'cuda' not in known).device
+    try: return _join(name == 'cpu' or 'cuda' not in known).device
     except (ValueError, RuntimeError) as e:
         reason = str(e).splitlines()[0]
         raise FieldError('WORLD_SIZE', place()[1], f'unset, or set by a launcher ({reason})') from None
