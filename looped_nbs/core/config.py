@@ -186,7 +186,10 @@ class Evaluate:
     batch_size: int = 256 # examples in one forward pass
     every: int = 1 # stride of the evaluated lengths, inside and beyond training
     validate_every: int = 0 # steps between two validations during training; 0: none
-    select: str = 'last' # weights to evaluate: last, or best (lowest validation loss)
+    validate_on: tuple[str, ...] = ('val',) # splits that are measured then
+    choose_by: str = 'loss' # what counts there, as a mean over the splits: loss, or a metric of the task
+    select: str = 'last' # weights to evaluate: last, or best in validation
+    stop_at: float = 0.0 # training ends when validation reaches this value of choose_by; 0: never
 
     def __post_init__(self):
         for name in ('examples', 'batch_size', 'every'): at_least(f'evaluate.{name}', getattr(self, name), 1)
@@ -194,6 +197,10 @@ class Evaluate:
         one_of('evaluate.select', self.select, ['last', 'best'])
         if self.select == 'best' and not self.validate_every:
             raise FieldError('evaluate.select', 'best', "'last' unless evaluate.validate_every is at least 1")
+        at_least('evaluate.stop_at', self.stop_at, 0)
+        if self.stop_at and not self.validate_every:
+            raise FieldError('evaluate.stop_at', self.stop_at, '0 unless evaluate.validate_every is at least 1')
+        if not self.validate_on: raise FieldError('evaluate.validate_on', '', 'at least one split')
 
 # %% ../../nbs/00_core/04_config.ipynb #a49c2bcd
 @dataclass

@@ -7,9 +7,9 @@ __all__ = ['Validate']
 
 # %% ../../nbs/06_evaluation/02_validation.ipynb #61ca34f4
 import json
-import math
 
 import torch
+from fastcore.basics import patch
 
 from ..core.config import Evaluate
 from ..tasks.objectives import add_tallies, means
@@ -19,36 +19,56 @@ from ..training.runs import RunFolder
 
 # %% ../../nbs/06_evaluation/02_validation.ipynb #99d9590a
 class Validate(Callback):
-    "Measure the validation split every `validate_every` steps and keep the best weights."
+    "Measure some splits every `validate_every` steps, keep the best weights, stop when all is learnt."
     def __init__(self,
         run: RunFolder, # where lines and weights go
-        evaluate: Evaluate, # how often, and on how many examples
-    ): self.run, self.evaluate, self.best = run, evaluate, math.inf
+        evaluate: Evaluate, # how often, on what, and what counts
+    ): self.run, self.evaluate, self.best = run, evaluate, None
 
     def on_start(self, trainer):
+        higher = self.evaluate.choose_by != 'loss' and trainer.objective.better == 'higher'
+        self.sign = 1 if higher else -1
         kept = self.run.path/'checkpoints'/'best'/'state.json'
-        if trainer.first and kept.exists(): self.best = json.loads(kept.read_text())['val_loss']
+        if trainer.first and kept.exists(): self.best = json.loads(kept.read_text())['chosen']
 
-    @torch.inference_mode()
-    def measure(self,
-        trainer: object, # its model and task
-    ) -> dict[str, float]: # val_loss and val_ metrics
-        "Average loss and metrics over the first examples of the validation stream."
-        trainer.model.eval()
-        objective, tallies, size = trainer.objective, {}, self.evaluate.batch_size
-        for start in range(0, self.evaluate.examples, size):
-            whole = trainer.batch('val', start, min(size, self.evaluate.examples - start))
-            batch = whole.rows(*trainer.place)
+    def _batches(self, trainer, split):
+        "The rows of this process: the first problems of a list, or of the split's stream."
+        part, size = trainer.task.splits[split], self.evaluate.batch_size
+        wanted = self.evaluate.examples if part.problems is None else min(self.evaluate.examples, part.size)
+        for start in range(0, wanted, size):
+            rows = slice(start, min(start + size, wanted))
+            if part.problems is None: whole = trainer.batch(split, start, rows.stop - start)
+            else:
+                listed = trainer.task.encode({k: v[rows] for k, v in part.problems.items()})
+                whole = trainer.placed(listed, split, start)
+            if len(batch := whole.rows(*trainer.place)): yield batch
+
+# %% ../../nbs/06_evaluation/02_validation.ipynb #1a459800
+@patch
+@torch.inference_mode()
+def measure(self: Validate,
+    trainer: object, # its model and task
+) -> dict[str, float]: # loss and metrics of every split, such as val_loss; and what counts, as `chosen`
+    "Average loss and metrics over the first examples of the splits."
+    trainer.model.eval()
+    found, objective = {}, trainer.objective
+    for split in self.evaluate.validate_on:
+        tallies = {name: (0., 0) for name in ('loss', *objective.measures)}
+        for batch in self._batches(trainer, split):
             output = trainer.model(batch)
             add_tallies(tallies, {'loss': objective.loss(output, batch)} | objective.metrics(output, batch))
-        return {f'val_{k}': v for k, v in means(sum_tallies(tallies, trainer.device)).items()}
+        found |= {f'{split}_{k}': v for k, v in means(sum_tallies(tallies, trainer.device)).items()}
+    chosen = [found[f'{split}_{self.evaluate.choose_by}'] for split in self.evaluate.validate_on]
+    return found | {'chosen': sum(chosen) / len(chosen)}
 
-    def on_step(self, trainer):
-        if trainer.step % self.evaluate.validate_every and trainer.step != trainer.config.steps: return
-        found = self.measure(trainer)
-        if not trainer.first: return
-        self.run.log(trainer.step, found)
-        if found['val_loss'] < self.best:
-            self.best = found['val_loss']
-            state = {'step': trainer.step, 'seconds': trainer.seconds, **found}
-            self.run.save_checkpoint(trainer.model, trainer.optimiser, state, name='best')
+@patch
+def on_step(self: Validate, trainer):
+    if trainer.step % self.evaluate.validate_every and trainer.step != trainer.config.steps: return
+    found, goal = self.measure(trainer), self.evaluate.stop_at
+    trainer.stopped = bool(goal) and self.sign * found['chosen'] >= self.sign * goal
+    if not trainer.first: return
+    self.run.log(trainer.step, found)
+    if self.best is None or self.sign * found['chosen'] > self.sign * self.best:
+        self.best = found['chosen']
+        state = {'step': trainer.step, 'seconds': trainer.seconds, 'stopped': trainer.stopped, **found}
+        self.run.save_checkpoint(trainer.model, trainer.optimiser, state, name='best')

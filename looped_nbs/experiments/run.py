@@ -98,6 +98,8 @@ def build(
         try: model = _inside('model', lambda: cls.from_task(task, **exp.model.kwargs))
         except (RuntimeError, MemoryError, OverflowError, TypeError) as e: raise _too_large(exp, e) from None
     model.check_time(task.max_positions())
+    for split in exp.evaluate.validate_on: one_of('evaluate.validate_on', split, task.splits)
+    one_of('evaluate.choose_by', exp.evaluate.choose_by, ('loss', *task.objective.measures))
     if exp.train.epochs: exp.train.steps = _steps(exp.train, task.splits['train'])
     for ramp in map(Ramp.parse, exp.train.ramps): _check_ramp(ramp, exp, task)
     if exp.run.track == 'wandb': import_wandb()

@@ -39,6 +39,7 @@ def _over_loops(output, mask):
 class TokenClassification:
     "One class at every masked position: cross-entropy and accuracy."
     score, better = 'accuracy', 'higher' # the headline metric, and which way it improves
+    measures = ('accuracy', 'sequence_accuracy') # all metrics
 
     def loss(self,
         output: Output, # logits (loops?, batch, time, classes)
@@ -69,6 +70,7 @@ class TokenClassification:
 class Regression:
     "One real value at every masked position: squared error."
     score, better = 'squared_error', 'lower' # the headline metric, and which way it improves
+    measures = ('squared_error',) # all metrics
 
     def loss(self,
         output: Output, # predictions (loops?, batch, time, 1)
@@ -96,6 +98,7 @@ class Regression:
 class MultiLabel:
     "A set at every masked position: squared error of sigmoids, threshold one half."
     score, better = 'accuracy', 'higher' # the headline metric, and which way it improves
+    measures = ('accuracy', 'sequence_accuracy') # all metrics
 
     def loss(self,
         output: Output, # logits (loops?, batch, time, out)

@@ -59,7 +59,8 @@ def restore(
 ) -> None:
     "Put a trainer where the newest checkpoint of a run is; without one it stays at its first step."
     state = run.load_checkpoint(trainer.model, trainer.optimiser)
-    if state: trainer.step, trainer.seconds = state['step'], state['seconds']
+    if not state: return
+    trainer.step, trainer.seconds, trainer.stopped = (state[k] for k in ('step', 'seconds', 'stopped'))
 
 class Checkpoints(Callback):
     "Write a checkpoint every `checkpoint_every` steps, and at the end; for one of several processes."
@@ -71,7 +72,7 @@ class Checkpoints(Callback):
 
     def _save(self, trainer):
         if self.saved == trainer.step: return
-        state = {'step': trainer.step, 'seconds': round(trainer.seconds, 3)}
+        state = {'step': trainer.step, 'seconds': round(trainer.seconds, 3), 'stopped': trainer.stopped}
         self.run.save_checkpoint(trainer.model, trainer.optimiser, state)
         self.saved = trainer.step
 

@@ -63,6 +63,7 @@ class Trainer:
         self.last: dict = {} # loss, learning rate and gradient norm of the last step
         self.outputs: list = [] # (output, micro-batch) of the last step
         self.seconds = 0. # spent in training, over all resumptions
+        self.stopped = False # did a callback find that enough is learnt?
         self.failed = False # did a step raise? Then the weights may be damaged
 
     def batch(self,
@@ -74,6 +75,14 @@ class Trainer:
         "Draw a batch and let the model number its positions, from the batch's own stream."
         if split == 'train' and self.config.epochs: batch = self.task.shuffled(split, self.seed, step, n)
         else: batch = self.task.sample(split, self.seed, step, n, **difficulty)
+        return self.placed(batch, split, step)
+
+    def placed(self,
+        batch: Batch, # as the task gives it
+        split: str, # where it comes from
+        step: int, # which batch of the split
+    ) -> Batch: # with position ids, on the device
+        "Let the model number the positions of a batch, from the batch's own stream."
         batch.position_ids = self.model.position_ids(batch, numpy_stream(self.seed, split, 'positions', step))
         return batch.to(self.device)
 
@@ -104,6 +113,11 @@ class Trainer:
         found = {}
         for output, batch in self.outputs: add_tallies(found, self.objective.metrics(output, batch))
         return sum_tallies(found, self.device)
+
+    @property
+    def done(self) -> bool: # is there nothing left to do?
+        "Were all steps taken, or was enough learnt before?"
+        return self.stopped or self.step >= self.config.steps
 
     @property
     def first(self) -> bool: # the one that writes files
@@ -147,14 +161,14 @@ def _graceful() -> Iterator[list]:
 def fit(
     trainer: Trainer, # possibly restored from a checkpoint
     callbacks: Iterable[Callback] = (), # called in this order
-) -> bool: # were all steps taken, rather than interrupted by a signal?
-    "Train until the configured number of steps."
+) -> bool: # is training done, rather than interrupted by a signal?
+    "Train until the configured number of steps, or until a callback sets `trainer.stopped`."
     callbacks = list(callbacks)
     with _graceful() as caught:
         for c in callbacks: c.on_start(trainer)
         began = time.perf_counter() - trainer.seconds
         try:
-            while trainer.step < trainer.config.steps and not trainer.agreed(bool(caught)):
+            while not trainer.done and not trainer.agreed(bool(caught)):
                 trainer.advance()
                 trainer.seconds = time.perf_counter() - began
                 for c in callbacks: c.on_step(trainer)
@@ -163,4 +177,4 @@ def fit(
             raise
         finally:
             for c in callbacks: c.on_stop(trainer)
-    return trainer.step >= trainer.config.steps
+    return trainer.done
