@@ -9,7 +9,7 @@ __all__ = ['label_modular', 'CountingModular']
 import numpy as np
 
 from ..core.errors import FieldError, InputError, at_least, one_of
-from .counting_lines import LETTERS, CountingTask, register_variants
+from .counting_lines import LETTERS, CountingTask, check_sizes, register_variants
 from .task import ordered
 
 # %% ../../nbs/04_tasks/05b_counting_modular.ipynb #a7d8a332
@@ -40,11 +40,14 @@ class CountingModular(CountingTask):
         **fields: object, # of every counting task
     ):
         ordered(max_count=max_count, test_count=test_count)
+        check_sizes(test_count=test_count, max_total=max_total, modulus=modulus)
+        check_sizes(val_copies=val_copies, test_copies=test_copies)
         at_least('test_count', test_count, max_count + 1)
         start = max_count + 1 - at_least('test_overlap', test_overlap, 0)
         if start < 1: raise FieldError('test_overlap', test_overlap, f'at most max_count = {max_count}')
         self.first = one_of('first', first, ('', '0', '1'))
         self.modulus, self.extra = at_least('modulus', modulus, 0), len(first)
+        for name, n in (('val_copies', val_copies), ('test_copies', test_copies)): at_least(name, n, 1)
         largest = modulus or test_count + int(first or 0)
         self.numbers = tuple(map(str, range(max(max_total, largest) + 1)))
         super().__init__(**fields)

@@ -10,7 +10,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..core.errors import DataError, FieldError, InputError, at_least
-from .counting_lines import CountingTask
+from .counting_lines import CountingTask, check_sizes
 from .files import file_hash, read_examples, to_problem
 from .task import Split, ordered, register_task
 
@@ -43,6 +43,7 @@ class CountingRaspL(CountingTask):
     ):
         at_least('max_count', max_count, 2)
         ordered(max_count=max_count, max_total=max_total - 1)
+        check_sizes(max_total=max_total, words=words)
         self.max_count, self.max_total, self.limit = max_count, max_total, max_total
         self.words, self.numbers = at_least('words', words, 8), tuple(map(str, range(max_total + 1)))
         super().__init__(**fields)
