@@ -29,7 +29,8 @@ EXAMPLES = int(os.environ.get('LOOPED_FUZZ', 50))
 FIXED = ['--train.steps', '1', '--train.batch-size', '2', '--evaluate.examples', '2', '--evaluate.every', '1000000',
          '--run.threads', '1', '--run.progress', 'false', '--run.device', 'cpu']
 NAMED = {'coding': CODINGS, 'mixer': MIXERS, 'positions': POSITIONS, 'ids': NUMBERINGS}
-SLOW = {'train.steps', 'evaluate.examples', 'evaluate.every', 'run.threads'}  # large values are fine, but take long
+SLOW = {'train.steps', 'train.batch_size', 'evaluate.examples', 'evaluate.every', 'evaluate.batch_size', 'run.threads',
+        'model.n_loops'}  # large values are fine, but take their time or memory
 OUTSIDE = {'run.out', 'run.plugins', 'run.device', 'run.track', 'run.progress'}  # of the experiment itself
 REFUSAL = re.compile(r'looped: (.+ = .+: allowed is .+|.+, line \d+: .+|--\S+ is given more than once)\n')
 

@@ -58,7 +58,10 @@ class CountingModular(CountingTask):
                  for name, a, b, copies in ranges]
         self.make_splits((low, max_count), *parts, 'the counts are those of training')
 
-    def rule(self, words): return label_modular(words, self.modulus)
+    def rule(self, words):
+        if (words[0] if words[0].isdecimal() else '') != self.first:
+            raise InputError(f'the first word is {words[0]!r}: {self.first or "a letter"} is expected')
+        return label_modular(words, self.modulus)
 
     def lines(self, rng, n, low, high): return self._write(rng, rng.integers(low, high + 1, n))
 
