@@ -1,4 +1,4 @@
-"A full disk: one line, exit code 1, the last good checkpoint kept; with room again, the run ends as if nothing had been."
+"A full disk: one line, exit code 1, the last good checkpoint kept; with room again, the run goes on exactly."
 import errno
 import gc
 import os
@@ -14,10 +14,12 @@ from test_resume import assert_log_is_in_order, assert_same_run, lines, summary
 
 from looped_nbs.training import runs
 
-WORDS = ('train', '--task', 'parity_check', '--model', 'lstm', '--task.max-length', '4', '--task.test-length', '60',
+WORDS = ('train', '--task', 'parity_check', '--model', 'lstm', '--task.max-length', '4',
+         '--task.test-length', '60',
          '--model.d-model', '8', '--train.steps', '24', '--train.batch-size', '8', '--train.log-every', '1',
          '--train.checkpoint-every', '10', '--evaluate.examples', '2', '--evaluate.every', '2',
-         '--evaluate.validate-every', '3', '--evaluate.select', 'best', '--run.threads', '1', '--run.progress', 'false')
+         '--evaluate.validate-every', '3', '--evaluate.select', 'best', '--run.threads', '1',
+         '--run.progress', 'false')
 FULL = errno.ENOSPC, os.strerror(errno.ENOSPC)
 
 
@@ -31,7 +33,8 @@ def unbroken(tmp_path_factory):
 def check_failure(answer, *fragments):
     "One line that names a file and the reason, no traceback."
     assert (answer.code, answer.out, answer.err.count('\n')) == (1, '', 1), answer
-    for fragment in ('looped: ', 'cannot be written', '`looped resume`', *fragments): assert fragment in answer.err
+    for fragment in ('looped: ', 'cannot be written', '`looped resume`',
+                     *fragments): assert fragment in answer.err
 
 
 def check_end(folder, unbroken):
@@ -42,13 +45,15 @@ def check_end(folder, unbroken):
     assert_log_is_in_order(folder)
     assert_same_run(unbroken, folder)
     assert (folder/'figures'/'generalisation.png').stat().st_size > 5000
-    kept = [[name for name in tree(f) if not name.startswith('checkpoints/step-')] for f in (folder, unbroken)]
+    kept = [[name for name in tree(f) if not name.startswith('checkpoints/step-')]
+            for f in (folder, unbroken)]
     assert kept[0] == kept[1]  # one checkpoint too many may stay, where its removal was cut off
 
 
 # Each write fails in turn
 
-FILES = {'environment.json', 'config.yaml', 'metrics.jsonl', 'checkpoints/step-', 'checkpoints/best', 'figures/',
+FILES = {'environment.json', 'config.yaml', 'metrics.jsonl', 'checkpoints/step-', 'checkpoints/best',
+         'figures/',
          'summary.json'}
 
 
@@ -65,7 +70,7 @@ class Disk:
     def write(self, what):
         self.used += 1
         if self.used > self.left:
-            if what == 'save_file': raise runs.SafetensorError(f'Error while serializing: I/O error: {FULL[1]}')
+            if what == 'save_file': raise runs.SafetensorError(f'Error while serializing: {FULL[1]}')
             raise OSError(*FULL)
 
     def guarded(self, real):
@@ -107,13 +112,14 @@ def test_every_write_may_fail(tmp_path, unbroken):
 
 # Files of a process that may not grow
 
-LIMITED = ('import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2); del sys.argv[1]; '
+LIMITED = ('import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2); '
            'from looped_nbs.tools.cli import main; sys.exit(main())')
 
 
 def limited(size, words):
     "Run the program in a process whose files may have so many bytes."
-    done = subprocess.run([sys.executable, '-c', LIMITED, str(size), *map(str, words)], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, '-c', LIMITED, str(size), *map(str, words)], capture_output=True,
+                          text=True,
                           env=quiet_environment(), timeout=120)
     return Answer(done.returncode, done.stdout, done.stderr)
 
@@ -130,7 +136,8 @@ def test_file_size_limit(file, room, tmp_path, unbroken):
 def test_file_size_limit_of_the_log(tmp_path):
     "A line of the log breaks off in the middle, before and after the first checkpoint."
     words = (*(w for w in WORDS if w not in ('--evaluate.select', 'best')), '--out')
-    words = [*words[:words.index('--evaluate.validate-every')], *words[words.index('--evaluate.validate-every') + 2:]]
+    words = [*words[:words.index('--evaluate.validate-every')],
+             *words[words.index('--evaluate.validate-every') + 2:]]
     words[words.index('--task.test-length') + 1] = '5'
     whole = tmp_path/'whole'
     assert call(*words, whole).code == 0
@@ -152,7 +159,8 @@ def small_disk(tmp_path):
     "A file system of one mebibyte, where this process may make one."
     disk = tmp_path/'disk'
     disk.mkdir()
-    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'none', disk], capture_output=True).returncode:
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'none', disk],
+                      capture_output=True).returncode:
         pytest.skip('mounting a file system takes another user; the tests above play a full one')
     yield disk
     subprocess.run(['umount', disk], check=True)

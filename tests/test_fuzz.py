@@ -1,4 +1,4 @@
-"""Any experiment either trains or is refused in one line: random tasks, models and fields through the command line.
+"""Any experiment trains or is refused in one line: random tasks, models and fields through the command line.
 
 `LOOPED_FUZZ` says how many: 50 in continuous integration (the same ones every time), 1,000 in the slow suite.
 """
@@ -26,25 +26,31 @@ from looped_nbs.layers.positions import NUMBERINGS, POSITIONS
 from looped_nbs.tasks.codings import CODINGS
 
 EXAMPLES = int(os.environ.get('LOOPED_FUZZ', 50))
-FIXED = ['--train.steps', '1', '--train.batch-size', '2', '--evaluate.examples', '2', '--evaluate.every', '1000000',
+FIXED = ['--train.steps', '1', '--train.batch-size', '2', '--evaluate.examples', '2', '--evaluate.every',
+         '1000000',
          '--run.threads', '1', '--run.progress', 'false', '--run.device', 'cpu']
 NAMED = {'coding': CODINGS, 'mixer': MIXERS, 'positions': POSITIONS, 'ids': NUMBERINGS}
-SLOW = {'train.steps', 'train.batch_size', 'evaluate.examples', 'evaluate.every', 'evaluate.batch_size', 'run.threads',
+SLOW = {'train.steps', 'train.batch_size', 'evaluate.examples', 'evaluate.every', 'evaluate.batch_size',
+        'run.threads',
         'model.n_loops'}  # large values are fine, but take their time or memory
 OUTSIDE = {'run.out', 'run.plugins', 'run.device', 'run.track', 'run.progress'}  # of the experiment itself
 REFUSAL = re.compile(r'looped: (.+ = .+: allowed is .+|.+, line \d+: .+|--\S+ is given more than once)\n')
 
-junk = st.one_of(st.sampled_from(['', 'None', 'nan', 'inf', '-inf', '1e400', '0x10', '1_000', '1,5', '½', '٣', '🌀',
+junk = st.one_of(st.sampled_from(['', 'None', 'nan', 'inf', '-inf', '1e400', '0x10', '1_000', '1,5', '½',
+                                  '٣', '🌀',
                                   'ὰ\u0301', 'a\nb', '\t', "'", '%s', '\\', '--', '-', '[1]', '9' * 30]),
                  st.text(st.characters(exclude_categories=('Cs',), exclude_characters='\0'), max_size=8))
 small = st.integers(1, 12).map(str)
-whole = st.one_of(small, small, small, st.integers(-2, 0).map(str), st.sampled_from(['16', '100', '300', '600']), junk,
+whole = st.one_of(small, small, small, st.integers(-2, 0).map(str),
+                  st.sampled_from(['16', '100', '300', '600']), junk,
                   st.sampled_from(['1.5', '2.0', '1e2', '-9', '10000000000', '1' + '0' * 18, '-' + '9' * 25]))
 tiny = st.one_of(small, st.integers(-2, 0).map(str), st.sampled_from(['1.5', '2.0', '-9']), junk)
-real = st.one_of(st.floats(0, 1).map(str), st.sampled_from(['0', '1', '0.1', '1e-8', '1e-300', '1e8', '1e38', '-0.1']),
+real = st.one_of(st.floats(0, 1).map(str), st.sampled_from(['0', '1', '0.1', '1e-8', '1e-300', '1e8',
+                                                            '1e38', '-0.1']),
                  junk)
 ramp = st.builds('{}:{}:{}:{}:{}'.format, st.sampled_from(
-    ['task.length', 'task.max_length', 'task.count', 'task.max_count', 'task.points', 'task.dims', 'model.n_loops',
+    ['task.length', 'task.max_length', 'task.count', 'task.max_count', 'task.points', 'task.dims',
+     'model.n_loops',
      'model.d_model', 'optim.lr', 'x']), *[st.integers(-1, 12)] * 4)
 
 
@@ -70,11 +76,13 @@ def likely(name, field):
     if kind.startswith('tuple'): return st.just(list(map(str, default)))
     if name in SLOW: return listed(st.sampled_from(['1'] if name == 'train.steps' else ['1', '2']))
     if 'int' in kind:
-        near = {1, 2, 4, 8, 16, 200} | ({default, default // 2, default - 1, default + 1, 2 * default} if default else {0})
+        near = {1, 2, 4, 8, 16, 200} | ({default, default // 2, default - 1, default + 1, 2 * default}
+                                        if default else {0})
         return listed(st.sampled_from(sorted(map(str, near))))
     if 'float' in kind: return listed(st.sampled_from([str(default), str(default / 2), '0.1', '0.5']))
     if 'bool' in kind: return listed(st.sampled_from(['true', 'false']))
-    return listed(st.sampled_from([default, *re.findall(r'[\w<>]+', field.help.partition(':')[2] or field.help)]))
+    return listed(st.sampled_from([default, *re.findall(r'[\w<>]+', field.help.partition(':')[2]
+                                                        or field.help)]))
 
 
 def listed(one): return one.map(lambda w: [w])
@@ -85,9 +93,12 @@ def experiments(draw):
     "Words of a command line: names, tiny sizes, and up to five fields with any value."
     wild = draw(st.integers(0, 2)) == 0
     task, model = (draw(st.sampled_from(sorted(table))) for table in (TASKS, MODELS))
-    if wild and draw(st.integers(0, 5)) == 0: task, model = draw(st.sampled_from([(task, draw(junk)), (draw(junk), model)]))
-    known = {f'{s}.{n}': f for s, c in SECTIONS.items() for n, f in fields_of(c).items() if f'{s}.{n}' not in OUTSIDE}
-    parts = {f'{s}.{n}': f for s, table, name in (('task', TASKS, task), ('model', MODELS, model)) if name in table
+    if wild and draw(st.integers(0, 5)) == 0: task, model = draw(st.sampled_from([(task, draw(junk)),
+                                                                                  (draw(junk), model)]))
+    known = {f'{s}.{n}': f for s, c in SECTIONS.items() for n, f in fields_of(c).items()
+             if f'{s}.{n}' not in OUTSIDE}
+    parts = {f'{s}.{n}': f for s, table, name in (('task', TASKS, task), ('model', MODELS, model))
+             if name in table
              for n, f in fields_of(table[name]).items() if n != 'data_dir'}
     fixed = dict(zip(FIXED[::2], ([w] for w in FIXED[1::2]), strict=True))
     if 'model.d_model' in parts: fixed['--model.d-model'] = ['8']
@@ -96,7 +107,8 @@ def experiments(draw):
         for name, size in (('positions', POSITIONS), ('ids', NUMBERINGS)):
             fixed[f'--model.{name}'] = [draw(st.sampled_from(sorted(size)))]
         fixed['--model.max-len'] = [draw(st.sampled_from(['none', '9', '128', '600']))]
-    chosen = draw(st.lists(st.sampled_from(sorted(parts) * 3 + sorted(known)), max_size=4 if wild else 3, unique=True))
+    chosen = draw(st.lists(st.sampled_from(sorted(parts) * 3 + sorted(known)), max_size=4 if wild else 3,
+                           unique=True))
     for name in chosen:
         words = (values if wild and draw(st.booleans()) else likely)(name, (known | parts)[name])
         fixed['--' + name.replace('_', '-')] = draw(words)
@@ -139,7 +151,7 @@ def test_any_experiment_trains_or_is_refused(monkeypatch, capsys):
     attempt()
     with capsys.disabled():
         print(f'\n{counts.total()} experiments: {counts["trained"]} trained, {counts["refused"]} refused, '
-              f'{counts["neither"]} neither; the slowest took {slowest[0]:.1f} s: {" ".join(slowest[1][:7])!r}')
+              f'{counts["neither"]} neither; the slowest, {slowest[0]:.1f} s: {" ".join(slowest[1][:7])!r}')
     assert not neither, '\n\n'.join(neither)
     assert min(counts['trained'], counts['refused']) >= EXAMPLES // 10, counts
 

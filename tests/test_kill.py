@@ -1,6 +1,6 @@
 """A run that is killed again and again ends where the unbroken one does.
 
-`LOOPED_KILLS` says how often each run is killed: 4 times in continuous integration, 20 times in the slow suite.
+`LOOPED_KILLS` says how often a run is killed: 4 times in continuous integration, 20 in the slow suite.
 """
 import json
 import os
@@ -138,7 +138,7 @@ def whole(tmp_path_factory):
 def test_killed_at_random_moments(name, more, longest, whole, tmp_path, capsys):
     """Kill, resume, kill: from outside at random moments, and inside the writing of checkpoints.
 
-    The preset writes its first checkpoint at step 500: then each life starts anew, and all kills come from outside.
+    The preset writes its first checkpoint at step 500: each life starts anew, all kills come from outside.
     """
     if name == 'as-preset' and KILLS < 20: pytest.skip('the slow suite, LOOPED_KILLS=20, runs this')
     folder, rng, kills = tmp_path/'broken', random.Random(name), {'outside': [], 'inside': []}
@@ -148,7 +148,8 @@ def test_killed_at_random_moments(name, more, longest, whole, tmp_path, capsys):
         words = ('resume', folder) if born else (*LINE, folder, *more)
         where = inside[sum(map(len, kills.values()))]
         before = reached(folder)
-        died = kill_from_inside(words, folder, rng) if where else kill_from_outside(words, folder, rng, longest)
+        died = kill_from_inside(words, folder, rng) if where else kill_from_outside(words, folder, rng,
+                                                                                    longest)
         assert died, f'over after {kills}'
         kills['inside' if where else 'outside'].append((before, reached(folder)))
     assert not (folder/'summary.json').exists()
@@ -161,7 +162,8 @@ def test_killed_at_random_moments(name, more, longest, whole, tmp_path, capsys):
 def test_a_log_with_a_line_twice_would_be_seen(tmp_path, monkeypatch):
     "The comparison of this file can fail: here a resumed run keeps the lines after its checkpoint."
     monkeypatch.setattr(Figure, 'savefig', lambda figure, path, **options: path.touch())
-    words = ('train', '--task', 'parity_check', '--model', 'lstm', '--task.max-length', '4', '--task.test-length',
+    words = ('train', '--task', 'parity_check', '--model', 'lstm', '--task.max-length', '4',
+             '--task.test-length',
              '5', '--evaluate.examples', '4', '--train.steps', STEPS, '--train.log-every', '1',
              '--train.checkpoint-every', STEPS // 2, '--run.progress', 'false', '--out')
     for name in ('whole', 'broken'): assert call(*words, tmp_path/name).code == 0

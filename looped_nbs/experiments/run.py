@@ -174,7 +174,8 @@ def measure(
     "Measure generalisation and describe it as plain values."
     exp = experiment
     device = next(model.parameters()).device
-    rows = generalisation(model, task, evaluate, exp.seed, device, exp.run.progress, **controls)
+    workers = 1 if exp.run.threads else 0
+    rows = generalisation(model, task, evaluate, exp.seed, device, exp.run.progress, workers, **controls)
     score = task.objective.score
     return {'task': exp.task.name, 'model': label(exp), 'coding': task.coding, 'axis': task.axis,
             'score': score, 'seed': exp.seed, **summarise(rows, score), 'parameters': model.n_params(),

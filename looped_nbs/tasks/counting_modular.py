@@ -41,7 +41,6 @@ class CountingModular(CountingTask):
     ):
         ordered(max_count=max_count, test_count=test_count)
         check_sizes(test_count=test_count, max_total=max_total, modulus=modulus)
-        check_sizes(val_copies=val_copies, test_copies=test_copies)
         at_least('test_count', test_count, max_count + 1)
         start = max_count + 1 - at_least('test_overlap', test_overlap, 0)
         if start < 1: raise FieldError('test_overlap', test_overlap, f'at most max_count = {max_count}')

@@ -171,7 +171,6 @@ class CountingItems(CountingSelective):
         check_sizes(test_count=test_count)
         at_least('digits', digits, 2)
         check_sizes(digits=digits, largest=largest, modulus=modulus)
-        check_sizes(val_copies=val_copies, test_copies=test_copies)
         for name, n in (('val_copies', val_copies), ('test_copies', test_copies)): at_least(name, n, 1)
         at_least('largest', largest, 1)
         at_least('modulus', modulus, 0)

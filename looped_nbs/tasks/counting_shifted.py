@@ -80,7 +80,7 @@ class CountingShifted(CountingTask):
         **fields: object, # of every counting task
     ):
         ordered(max_count=max_count)
-        check_sizes(max_total=max_total, val_copies=val_copies, test_copies=test_copies)
+        check_sizes(max_total=max_total)
         for name, n in (('val_copies', val_copies), ('test_copies', test_copies)): at_least(name, n, 1)
         at_least('test_count', test_count, max_count + 1)
         self.starts, self.both = one_of('starts', starts, STARTS), both_forms
