@@ -90,7 +90,8 @@ def build(
     try:
         task = _inside('task', lambda: makers[0](**exp.task.kwargs))
         if task.max_time() > 10 ** 6: raise MemoryError('inputs of more than a million tokens')
-        with torch_stream(exp.seed, 'init'): model = _inside('model', lambda: makers[1](task, **exp.model.kwargs))
+        with torch_stream(exp.seed, 'init'):
+            model = _inside('model', lambda: makers[1](task, **exp.model.kwargs))
     except (RuntimeError, MemoryError, OverflowError, TypeError) as e: raise _too_large(exp, e) from None
     model.check_time(task.max_positions())
     for ramp in map(Ramp.parse, exp.train.ramps): _check_ramp(ramp, exp, task)

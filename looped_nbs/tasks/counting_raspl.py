@@ -20,7 +20,8 @@ def label_raspl(
     last: str = '', # the label of the last token, where it is a choice
 ) -> list[str]: # one label per token
     "Name the next word (Chang & Bisk, RASP-L counting)."
-    if '<sos>' not in tokens: raise InputError(f'{" ".join(tokens[:3])} …: a run that begins with <sos> is expected')
+    if '<sos>' not in tokens:
+        raise InputError(f'{" ".join(tokens[:3])} …: a run that begins with <sos> is expected')
     at = len(tokens) - 1 - tokens[::-1].index('<sos>')
     run, following = tokens[at:], last
     if run[-1] == '<eos>': following = '<sos>'
