@@ -1,8 +1,10 @@
 "Bad input: exit code 2, one line with field, value and what is allowed, nothing left behind."
 import json
+import shutil
 import sys
 
 import pytest
+import torch
 from conftest import call, tree
 
 TINY = ('--task.max-length', '4', '--task.test-length', '6', '--train.steps', '2', '--train.batch-size', '4',
@@ -154,6 +156,41 @@ COMBINATIONS = [
     ((*TRANSFORMER, '--model.positions', 'learned', '--model.max-len', '60', '--task.coding', 'tape'),
      'model.max_len = 60', 'at least 61'),
     ((*TRANSFORMER, '--model.causal', 'false', '--task.coding', 'prefix'), 'model.causal = False', 'prefix'),
+    ((*TRANSFORMER, '--model.positions', 'sinusoidal', '--model.ids', 'shift', 'random', '--model.max-len',
+      '99'),
+     "model.ids = 'shift random'", 'one value'),
+    ((*TRANSFORMER, '--model.positions', 'learned', '--model.ids', 'shift', '--model.max-len', '99',
+      '--model.ids',
+      'random'), 'model.ids', 'once'),
+    ((*TRANSFORMER, '--model.positions', 'rotary', '--model.ids', 'shift+random', '--model.max-len', '99'),
+     "model.ids = 'shift+random'", 'plain, shift, random'),
+    *(((*TRANSFORMER, '--model.positions', name, '--model.ids', ids, '--model.max-len', size),
+       f'model.max_len = {size}',
+       allowed)
+      for name in ('sinusoidal', 'rotary', 'learned', 'learned_sine', 'scalar') for ids in ('shift', 'random')
+      for size, allowed in (('0', 'at least 1'), ('-3', 'at least 1'), ('60', 'at least 61'))),
+    ((*TRANSFORMER, '--model.positions', 'alibi', '--model.ids', 'shift', '--model.max-len', '99'),
+     "model.ids = 'shift'", 'plain, random'),
+    ((*TRANSFORMER, '--model.ids', 'random'), "model.ids = 'random'", 'plain'),
+    ((*TRANSFORMER, '--model.positions', 'sinusoidal', '--model.ids', 'shift'), 'model.max_len = None',
+     'ids = shift'),
+    ((*LSTM, '--model.null-row', 'true'), 'model.null_row = True', '<null>'),
+    ((*LSTM, '--model.n-layers', '9' * 12), 'model.n_layers', 'at most 1,000'),
+    ((*TRANSFORMER, '--model.n-layers', '9' * 12), 'model.n_layers', 'at most 1,000'),
+    ((*COUNTING, '--task.helper', '<null>'), "task.helper = '<null>'", '<blk>'),
+    ((*COUNTING, '--task.auxiliary', 'nullseq'), "task.auxiliary = 'nullseq'", 'addbigram_nullseq'),
+    (('train', '--task', 'counting_raspL', '--model', 'lstm', '--out', 'run', '--task.helper', '<pad>'),
+     "task.helper = '<pad>'", 'none'),
+    (('train', '--task', 'counting_samesymbol_shiftedstart', '--model', 'lstm', '--out', 'run',
+      '--task.helper', '<pad>'),
+     "task.helper = '<pad>'", 'none'),
+    *((('train', '--task', f'counting_{task}', '--model', 'lstm', '--out', 'run', '--task.test-copies', size),
+       f'task.test_copies = {size}', allowed)
+      for task in ('samesymbol_mod10', 'selective_10items', 'samesymbol_shiftedstart')
+      for size, allowed in (('0', 'at least 1'), ('-1', 'at least 1'))),
+    ((*COUNTING, '--task.max-total', '9' * 11), 'task.max_total', 'at most 1,000'),
+    ((*REGRESSION, '--task.test-points', '9' * 11), 'task.test_points', 'memory'),
+    ((*LSTM, '--task.test-length', '9' * 11), 'task.test_length', 'memory'),
     ((*LOOPED, '--model.n-loops', '0'), 'model.n_loops = 0', 'at least 1'),
     ((*LOOPED, '--model.inject', 'x'), "model.inject = 'x'", 'add'),
     ((*LOOPED, '--model.loop-window', '-1'), 'model.loop_window = -1', 'at least 0'),
@@ -302,6 +339,21 @@ def test_words_that_evaluation_does_not_take(words, finished, monkeypatch):
     refuse(words)
 
 
+@pytest.mark.parametrize('damage', ['folder', 'text', 'pickle', 'other', 'unfinished'])
+def test_unreadable_or_foreign_checkpoint(damage, finished, here):
+    "One line that names the checkpoint; the run is as it was."
+    shutil.copytree(finished/'parity', here/'run')
+    weights = here/'run'/'checkpoints'/'step-00000002'/'model.safetensors'
+    other = (finished/'regression'/'checkpoints'/'step-00000002'/'model.safetensors').read_bytes()
+    weights.unlink()
+    if damage == 'folder': weights.mkdir()
+    if damage == 'pickle': torch.save({'a': torch.zeros(3)}, weights)
+    if damage in ('text', 'other'): weights.write_bytes(b'weights' if damage == 'text' else other)
+    for verb in ('evaluate', 'resume'):
+        if verb == 'resume': (here/'run'/'summary.json').unlink()
+        refuse([verb, 'run'], 'checkpoints/step-00000002: not a checkpoint of this model')
+
+
 @pytest.mark.parametrize('content', ['', '{', '[]', '{}'])
 def test_damaged_summary(content, finished, monkeypatch):
     monkeypatch.chdir(finished)
@@ -417,6 +469,37 @@ def test_malformed_line_of_the_test_set(name, here):
 def test_line_that_is_no_example(text, here):
     write(here/'data', text)
     refuse([*COUNTING, *SIZES, '--task.data-dir', 'data'], 'val.txt', 'line 1')
+
+
+OTHERS = {  # a line of each family, and the tasks that can read it
+    'samesymbol': (GOOD, 'counting_samesymbol'), 'modular': ((['a'] * 12, [*'123456789', '10', '1', '2']),
+                                                             'mod10'),
+    'raspL': (('<sos> 3 5 < 3 4 5 <eos>'.split(), '3 5 < 3 4 5 <eos> <sos>'.split()), 'raspL'),
+    'blank': ((['a', '<blk>', '3', '<blk>'], ['-1', '1', '-1', '4']), 'blankhelper'),
+    'padding': ((['a', '<pad>', '3'], ['-1', '1', '4']), 'padhelper'),
+    'shifted': ((['3', 'a', 'a'], ['-1', '4', '5']), 'shiftedstart'),
+    'selective': ((['a', 'b', 'a'], ['1', '1', '2']), 'selective'),
+}
+READERS = ('samesymbol', 'samesymbol_mod10', 'raspL', 'selective', 'samesymbol_shiftedstart',
+           'samesymbol_padhelper',
+           'samesymbol_blankhelper')
+
+
+@pytest.mark.parametrize('task', READERS)
+@pytest.mark.parametrize('other', OTHERS)
+def test_data_file_of_another_task(other, task, here):
+    "The words, the helpers or the answers of its first line are not those of the task."
+    example, own = OTHERS[other]
+    if f'counting_{task}'.endswith(own) or (other, task) == ('samesymbol', 'samesymbol_shiftedstart'):
+        pytest.skip('its own, or one of its two forms')
+    write(here/'data', line(example), line(example))
+    words = (*(f'counting_{task}' if w == 'counting_samesymbol' else w for w in COUNTING), *TINY[4:])
+    refuse([*words, '--task.data-dir', 'data'], 'val.txt, line 1: ')
+
+
+def test_data_folder_that_is_a_file(here):
+    (here/'data').write_text(line(GOOD))
+    refuse([*COUNTING, *SIZES, '--task.data-dir', 'data'], 'val.txt', 'existing')
 
 
 def test_empty_data_file(here):

@@ -6,6 +6,9 @@
 __all__ = ['new_positions', 'generalisation', 'summarise']
 
 # %% ../../nbs/06_evaluation/01_generalisation.ipynb #e30afc03
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from torch import nn
 from tqdm.auto import tqdm
@@ -26,10 +29,15 @@ def new_positions(
     batch.score_mask, batch.loss_mask = batch.score_mask & new, batch.loss_mask & new
     return batch
 
+def _pieces(batch):
+    "The rows of a batch, on a CPU at most 8,192 tokens at a time: then the cache holds what layers hand on."
+    parts = 1 if batch.inputs.is_cuda else min(len(batch), -(-len(batch) * batch.inputs.shape[1] // 8192))
+    return [batch.rows(part, parts) for part in range(parts)]
+
 def _measure(model, batches, objective, controls):
     "Tallies of loss and metrics over batches, the scored targets, and the number of examples."
     tallies, targets, examples = {}, [], 0
-    for batch in batches:
+    for batch in (piece for whole in batches for piece in _pieces(whole)):
         output = model(batch, **controls)
         add_tallies(tallies, {'loss': objective.loss(output, batch)} | objective.metrics(output, batch))
         targets.append(batch.targets[batch.score_mask].cpu())
@@ -45,8 +53,27 @@ def _at(task, value, beyond, evaluate, seed):
         if listed is None: yield step, task.sample('test', seed, step, stop - start, **{task.axis: value})
         else: yield step, task.encode({k: v[start:stop] for k, v in listed.items()})
 
-# %% ../../nbs/06_evaluation/01_generalisation.ipynb #c5e03333
-@torch.inference_mode()
+# %% ../../nbs/06_evaluation/01_generalisation.ipynb #38f5e165
+def _at_once(workers, device):
+    "How many values to measure at the same time."
+    if workers: return workers
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    return 1 if torch.device(device).type != 'cpu' else max(1, min(16, cpus // torch.get_num_threads()))
+
+def _over(measure, values, workers, bar):
+    "Measure every value, the largest and slowest first; what was not begun is dropped after an error."
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            jobs = {value: pool.submit(measure, value) for value in reversed(values)}
+            for job in jobs.values():
+                job.result()
+                bar.update()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return [jobs[value].result() for value in values]
+
+# %% ../../nbs/06_evaluation/01_generalisation.ipynb #88eefde3
 def generalisation(
     model: nn.Module, # trained
     task: Task, # what it is asked
@@ -54,25 +81,28 @@ def generalisation(
     seed: int = 0, # of the evaluation's own streams
     device: str = 'cpu', # where the model is
     progress: bool = False, # show a progress bar
+    workers: int = 0, # values measured at once; 0: on a CPU as many as it has processors left, else 1
     **controls: object, # controls of the model, such as n_loops
 ) -> list[dict]: # one row per value: axis, beyond, metrics, chance, examples
     "Measure a model at every value of the task's axis, from the smallest in training to the largest tested."
     model.eval()
     (low, trained), (_, high) = task.axis_range('train'), task.axis_range('test')
-    reached, rows = task.encoder.time(task.length(trained)), []
+    reached = task.encoder.time(task.length(trained))
     values = sorted({*range(low, high + 1, evaluate.every), trained, high})
     def batches(value):
         for step, batch in _at(task, value, value > trained, evaluate, seed):
             batch.position_ids = model.position_ids(batch, numpy_stream(seed, 'test', 'positions', step))
             yield (new_positions(batch, reached) if value > trained else batch).to(device)
-    for value in tqdm(values, desc='evaluate', unit=task.axis, disable=not progress, mininterval=.5):
+    @torch.inference_mode()
+    def row(value):
         tallies, targets, examples = _measure(model, batches(value), task.objective, controls)
-        if not len(targets): continue
-        rows.append({task.axis: value, 'beyond': value > trained, **means(tallies),
-                     'chance': task.objective.chance(targets), 'examples': examples})
-    return rows
+        if not len(targets): return None
+        return {task.axis: value, 'beyond': value > trained, **means(tallies),
+                'chance': task.objective.chance(targets), 'examples': examples}
+    bar = tqdm(total=len(values), desc='evaluate', unit=task.axis, disable=not progress, mininterval=.5)
+    with bar: return [r for r in _over(row, values, _at_once(workers, device), bar) if r]
 
-# %% ../../nbs/06_evaluation/01_generalisation.ipynb #633f4860
+# %% ../../nbs/06_evaluation/01_generalisation.ipynb #e9198a31
 def summarise(
     rows: list[dict], # what generalisation returns
     score: str, # the headline metric

@@ -44,7 +44,7 @@ from ..training.callbacks import Checkpoints, MetricLog, Progress, WandbLog, imp
 from ..training.curriculum import Ramp
 from ..training.devices import pick_device, pick_threads, place
 from ..training.loop import Trainer, fit
-from ..training.runs import RunFolder, write_text
+from ..training.runs import RunFolder, write_text, writing
 
 # %% ../../nbs/08_experiments/05_run.ipynb #09e05365
 def preset(
@@ -92,11 +92,13 @@ def build(
 ) -> tuple[Task, SequenceModel]: # built, initialised and known to fit each other
     "Build task and model, and check everything that a run would stumble over later."
     exp = experiment
-    task = _inside('task', lambda: lookup(TASKS, 'task', exp.task.name)(**exp.task.kwargs))
-    with torch_stream(exp.seed, 'init'):
-        cls = lookup(MODELS, 'model', exp.model.name)
-        try: model = _inside('model', lambda: cls.from_task(task, **exp.model.kwargs))
-        except (RuntimeError, MemoryError, OverflowError, TypeError) as e: raise _too_large(exp, e) from None
+    makers = lookup(TASKS, 'task', exp.task.name), lookup(MODELS, 'model', exp.model.name).from_task
+    try:
+        task = _inside('task', lambda: makers[0](**exp.task.kwargs))
+        if task.max_time() > 10 ** 6: raise MemoryError('inputs of more than a million tokens')
+        with torch_stream(exp.seed, 'init'):
+            model = _inside('model', lambda: makers[1](task, **exp.model.kwargs))
+    except (RuntimeError, MemoryError, OverflowError, TypeError) as e: raise _too_large(exp, e) from None
     model.check_time(task.max_positions())
     for split in exp.evaluate.validate_on: one_of('evaluate.validate_on', split, task.splits)
     one_of('evaluate.choose_by', exp.evaluate.choose_by, ('loss', *task.objective.measures))
@@ -132,11 +134,12 @@ def _check_ramp(ramp, exp, task):
             raise FieldError('train.ramps', f'{ramp.field} = {value}', allowed)
 
 def _too_large(exp, error):
-    "What to say if a model could not be built: the largest number is to blame, or the error is a bug."
-    sizes = {k: v for k, v in exp.model.kwargs.items() if isinstance(v, int)}
+    "What to say if task or model could not be built: the largest number is to blame, or the error is a bug."
+    parts = ('task', exp.task.kwargs), ('model', exp.model.kwargs)
+    sizes = {f'{s}.{k}': v for s, part in parts for k, v in part.items() if isinstance(v, int)}
     name = max(sizes, key=sizes.get, default='')
     if sizes.get(name, 0) < 10_000: return error
-    return FieldError(f'model.{name}', sizes[name], 'less: this machine has not the memory for it')
+    return FieldError(name, sizes[name], 'less: this machine has not the memory for it')
 
 # %% ../../nbs/08_experiments/05_run.ipynb #45cb512e
 @dataclass
@@ -193,7 +196,8 @@ def measure(
     "Measure generalisation and describe it as plain values."
     exp = experiment
     device = next(model.parameters()).device
-    rows = generalisation(model, task, evaluate, exp.seed, device, exp.run.progress, **controls)
+    workers = 1 if exp.run.threads else 0
+    rows = generalisation(model, task, evaluate, exp.seed, device, exp.run.progress, workers, **controls)
     score = task.objective.score
     return {'task': exp.task.name, 'model': label(exp), 'coding': task.coding, 'axis': task.axis,
             'score': score, 'seed': exp.seed, **summarise(rows, score), 'parameters': model.n_params(),
@@ -210,10 +214,10 @@ def label(
 def save(
     run: Run, # with numbers and figure
 ) -> None:
-    "Write numbers and figure into the run folder."
+    "Write figure and numbers into the run folder; the numbers come last, since they mark a finished run."
+    file = run.path/'figures'/('generalisation.png' if run.name == 'summary' else f'{run.name}.png')
+    with writing(file): run.plot().savefig(file, dpi=150)
     write_text(run.path/f'{run.name}.json', json.dumps(run.summary, indent=1))
-    figure = 'generalisation.png' if run.name == 'summary' else f'{run.name}.png'
-    run.plot().savefig(run.path/'figures'/figure, dpi=150)
 
 # %% ../../nbs/08_experiments/05_run.ipynb #03ca5fb5
 def _free_path(experiment):

@@ -8,7 +8,7 @@ __all__ = ['Recurrent', 'RNN', 'ReluRNN', 'LSTM', 'GRU']
 # %% ../../nbs/02_layers/03_recurrent.ipynb #122a527b
 from torch import nn
 
-from ..core.errors import at_least
+from ..core.errors import FieldError, at_least
 from .mixer import Mixer, register_mixer
 
 # %% ../../nbs/02_layers/03_recurrent.ipynb #b5700e7d
@@ -24,7 +24,7 @@ class Recurrent(Mixer):
         **core_args: object, # further arguments of the network
     ):
         super().__init__()
-        at_least('n_layers', n_layers, 1)
+        if at_least('n_layers', n_layers, 1) > 1000: raise FieldError('n_layers', n_layers, 'at most 1,000')
         dropout = dropout if n_layers > 1 else 0.
         self.net = self.core(d_model, d_model, n_layers, batch_first=True, dropout=dropout, **core_args)
 

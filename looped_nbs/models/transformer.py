@@ -22,6 +22,7 @@ def _check_sizes(dropout, max_len, **sizes):
     "Refuse sizes below 1, heads that do not divide the width and a dropout that is no probability."
     for name, value in sizes.items(): at_least(name, value, 1)
     if max_len is not None: at_least('max_len', max_len, 1)
+    if sizes['n_layers'] > 1000: raise FieldError('n_layers', sizes['n_layers'], 'at most 1,000')
     if sizes['d_model'] % sizes['n_heads']:
         raise FieldError('d_model', sizes['d_model'], f"a multiple of n_heads = {sizes['n_heads']}")
     if not 0 <= dropout < 1: raise FieldError('dropout', dropout, 'a probability in [0, 1)')

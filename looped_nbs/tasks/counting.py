@@ -13,7 +13,7 @@ from fastcore.basics import patch
 
 from ..core.errors import DataError, FieldError, InputError, at_least
 from ..core.streams import numpy_stream
-from .counting_lines import LETTERS, CountingTask, register_variants
+from .counting_lines import LETTERS, CountingTask, check_sizes, register_variants
 from .task import ordered, register_task
 
 # %% ../../nbs/04_tasks/05_counting.ipynb #daf10694
@@ -54,6 +54,7 @@ class CountingSameSymbol(CountingTask):
         **fields: object, # of every counting task
     ):
         ordered(max_count=max_count)
+        check_sizes(max_total=max_total)
         at_least('test_count', test_count, max_count + 1)
         at_least('max_total', max_total, test_count + 1)
         self.max_total, self.max_count, self.limit = max_total, max_count, max_total - 1

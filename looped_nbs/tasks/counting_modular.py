@@ -9,7 +9,7 @@ __all__ = ['label_modular', 'CountingModular']
 import numpy as np
 
 from ..core.errors import FieldError, InputError, at_least, one_of
-from .counting_lines import LETTERS, CountingTask, register_variants
+from .counting_lines import LETTERS, CountingTask, check_sizes, register_variants
 from .task import ordered
 
 # %% ../../nbs/04_tasks/05b_counting_modular.ipynb #a7d8a332
@@ -40,11 +40,13 @@ class CountingModular(CountingTask):
         **fields: object, # of every counting task
     ):
         ordered(max_count=max_count, test_count=test_count)
+        check_sizes(test_count=test_count, max_total=max_total, modulus=modulus)
         at_least('test_count', test_count, max_count + 1)
         start = max_count + 1 - at_least('test_overlap', test_overlap, 0)
         if start < 1: raise FieldError('test_overlap', test_overlap, f'at most max_count = {max_count}')
         self.first = one_of('first', first, ('', '0', '1'))
         self.modulus, self.extra = at_least('modulus', modulus, 0), len(first)
+        for name, n in (('val_copies', val_copies), ('test_copies', test_copies)): at_least(name, n, 1)
         largest = modulus or test_count + int(first or 0)
         self.numbers = tuple(map(str, range(max(max_total, largest) + 1)))
         super().__init__(**fields)
@@ -55,7 +57,10 @@ class CountingModular(CountingTask):
                  for name, a, b, copies in ranges]
         self.make_splits((low, max_count), *parts, 'the counts are those of training')
 
-    def rule(self, words): return label_modular(words, self.modulus)
+    def rule(self, words):
+        if (words[0] if words[0].isdecimal() else '') != self.first:
+            raise InputError(f'the first word is {words[0]!r}: {self.first or "a letter"} is expected')
+        return label_modular(words, self.modulus)
 
     def lines(self, rng, n, low, high): return self._write(rng, rng.integers(low, high + 1, n))
 

@@ -10,7 +10,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..core.errors import DataError, FieldError, InputError, at_least
-from .counting_lines import CountingTask
+from .counting_lines import CountingTask, check_sizes
 from .files import file_hash, read_examples, to_problem
 from .task import Split, ordered, register_task
 
@@ -20,6 +20,8 @@ def label_raspl(
     last: str = '', # the label of the last token, where it is a choice
 ) -> list[str]: # one label per token
     "Name the next word (Chang & Bisk, RASP-L counting)."
+    if '<sos>' not in tokens:
+        raise InputError(f'{" ".join(tokens[:3])} …: a run that begins with <sos> is expected')
     at = len(tokens) - 1 - tokens[::-1].index('<sos>')
     run, following = tokens[at:], last
     if run[-1] == '<eos>': following = '<sos>'
@@ -43,6 +45,7 @@ class CountingRaspL(CountingTask):
     ):
         at_least('max_count', max_count, 2)
         ordered(max_count=max_count, max_total=max_total - 1)
+        check_sizes(max_total=max_total, words=words)
         self.max_count, self.max_total, self.limit = max_count, max_total, max_total
         self.words, self.numbers = at_least('words', words, 8), tuple(map(str, range(max_total + 1)))
         super().__init__(**fields)

@@ -13,7 +13,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..core.errors import FieldError, InputError, at_least
-from .counting_lines import CountingTask, register_variants
+from .counting_lines import CountingTask, check_sizes, register_variants
 from .task import ordered, register_task
 
 # %% ../../nbs/04_tasks/05c_counting_selective.ipynb #b313e536
@@ -113,6 +113,7 @@ class CountingSelective(CountingTask):
         **fields: object, # of every counting task
     ):
         ordered(max_count=max_count)
+        check_sizes(test_count=test_count)
         at_least('test_count', test_count, max_count + 1)
         if test_count > 2 * max_count: raise FieldError('test_count', test_count, 'at most 2 max_count')
         self.max_count, self.limit = max_count, 2 * max_count
@@ -167,8 +168,12 @@ class CountingItems(CountingSelective):
         **fields: object, # of every counting task
     ):
         ordered(max_count=max_count)
+        check_sizes(test_count=test_count)
         at_least('digits', digits, 2)
+        check_sizes(digits=digits, largest=largest, modulus=modulus)
+        for name, n in (('val_copies', val_copies), ('test_copies', test_copies)): at_least(name, n, 1)
         at_least('largest', largest, 1)
+        at_least('modulus', modulus, 0)
         at_least('test_count', test_count, max_count + 1)
         self.limit, self.balanced, self.max_count = digits * largest, balanced, max_count
         if test_count > self.limit: raise FieldError('test_count', test_count, f'at most {self.limit}')

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 
 from ..core.errors import FieldError, InputError, at_least, one_of
 from ..core.streams import numpy_stream
-from .counting_lines import LETTERS, CountingTask, register_variants
+from .counting_lines import LETTERS, CountingTask, check_sizes, register_variants
 from .task import ordered
 
 # %% ../../nbs/04_tasks/05a_counting_shifted.ipynb #5665c49a
@@ -80,6 +80,8 @@ class CountingShifted(CountingTask):
         **fields: object, # of every counting task
     ):
         ordered(max_count=max_count)
+        check_sizes(max_total=max_total)
+        for name, n in (('val_copies', val_copies), ('test_copies', test_copies)): at_least(name, n, 1)
         at_least('test_count', test_count, max_count + 1)
         self.starts, self.both = one_of('starts', starts, STARTS), both_forms
         self.limit = max_total if starts == 'from_zero' else max_total - 1
