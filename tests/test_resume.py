@@ -320,7 +320,8 @@ def test_damaged_newest_checkpoint(file, damage, damaged):
 
 
 @pytest.mark.parametrize('text', ['{}', '[]', '{"step": 20}', '{"step": "20", "seconds": 1}',
-                                  '{"step": 9999, "seconds": 1}'])
+                                  '{"step": 9999, "seconds": 1}',
+                                  '{"step": 20, "seconds": 1, "stopped": "no"}'])
 def test_state_of_a_checkpoint_that_makes_no_sense(text, damaged):
     (newest(damaged)/'state.json').write_text(text)
     answer = call('resume', damaged)

@@ -199,7 +199,8 @@ class Evaluate:
             raise FieldError('evaluate.select', 'best', "'last' unless evaluate.validate_every is at least 1")
         at_least('evaluate.stop_at', self.stop_at, 0)
         if self.stop_at and not self.validate_every:
-            raise FieldError('evaluate.stop_at', self.stop_at, '0 unless evaluate.validate_every is at least 1')
+            allowed = '0 unless evaluate.validate_every is at least 1'
+            raise FieldError('evaluate.stop_at', self.stop_at, allowed)
         if not self.validate_on: raise FieldError('evaluate.validate_on', '', 'at least one split')
 
 # %% ../../nbs/00_core/04_config.ipynb #a49c2bcd
