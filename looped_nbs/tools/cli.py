@@ -326,15 +326,17 @@ def reproduce_verb(*,
     scale: str = 'smoke', # smoke (seconds) or laptop (minutes), where the study has them
     out: str = '', # folder of all cells; empty: runs/<study>-<scale>
     seed: int = 0, # seed of every cell
+    publish: bool = False, # keep numbers and a small checkpoint in nbs/08_experiments/results of this clone
     json: bool = False, # print JSON in place of a table
 ) -> int: # exit code
     "Run every cell of a study at one scale; stop and go on at any time."
-    from looped_nbs.experiments.reproduce import reproduce, results
-    runs = reproduce(study, scale, out, seed, tell=lambda line: print(line, file=sys.stderr))
+    from looped_nbs.experiments import reproduce as study_of
+    runs = study_of.reproduce(study, scale, out, seed, tell=lambda line: print(line, file=sys.stderr))
+    if publish: print(f'published {study_of.publish(study, scale, out, seed)}', file=sys.stderr)
     if runs is None: return _report(None)
     folder = runs[0].path.parent
     if json: print(dumps([r.summary for r in runs]))
-    else: print(f'\n{results(runs)}\n\nnumbers  {folder}/results.json\nfigure   {folder}/results.png')
+    else: print(f'\n{study_of.results(runs)}\n\nnumbers  {folder}/results.json\nfigure   {folder}/results.png')
     return 0
 
 # %% ../../nbs/09_tools/03_cli.ipynb #5d3249e8
