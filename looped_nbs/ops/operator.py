@@ -36,6 +36,7 @@ class Operator:
     chunk: Callable | None = None # the same in matrix products, where there is such a form
     keeps: dict[str, str] = field(default_factory=dict) # what the forward pass leaves for the backward pass
     partial: dict = field(default_factory=dict) # kind to {argument: words of its gradient before summing}
+    finite: tuple[str, ...] = () # inputs in which nan and inf are refused (compiled code checks on the CPU)
     flops: Callable | None = None # sizes -> operations a token and head: forward, forward and backward
     sample: Callable | None = None # sizes, generator -> inputs as they occur in training
 
@@ -271,6 +272,9 @@ def _compiled(operator, tensors):
 def _python(operator, form, tensors, sizes):
     "The definition or the chunk form, from zeros where no state is given."
     like, states = tensors[0], tensors[operator.n_inputs:]
+    for name, x in zip(operator.inputs, tensors, strict=False):
+        if name in operator.finite and not torch.compiler.is_compiling() and not x.isfinite().all():
+            raise FieldError(f'{operator.name}.{name}', 'nan or inf', 'finite numbers')
     zeros = [like.new_zeros([sizes[w] for w in operator.words[n]]) if x is None else x
              for n, x in zip(operator.states, states, strict=True)]
     return getattr(operator, form)(*tensors[:operator.n_inputs], *zeros)
