@@ -23,6 +23,9 @@ from looped_nbs.core.config import Optim
 from looped_nbs.interop import chunked, counting, icl
 from looped_nbs.interop.adapt import build, give, take
 from looped_nbs.layers.positions import build_positions
+from looped_nbs.ops.delta import DELTA
+from looped_nbs.ops.linear_attention import LINEAR_ATTENTION
+from looped_nbs.ops.operator import call, here
 from looped_nbs.tasks import (  # noqa: F401, register the tasks
     counting_modular,
     counting_shifted,
@@ -118,7 +121,7 @@ NOT_BUILT = {
         dataset eval layer_Attentionlayer layer_FastFFlayer layer_LinearAttentionlayer layer_QuasiLSTMlayer
         layer_RecUpdateTanhFastFFlayer layer_SRWMlayer layer_TransformerFFlayers model_00_lstm
         model_01_trafo model_02_deltanet model_07_recdelta model_08_linear model_09_own_trafo
-        model_10_quasi_lstm model_12_srwm op_delta op_rec op_srwm op_sum task_D-2 task_D-4 task_aa-star
+        model_10_quasi_lstm model_12_srwm op_rec op_srwm task_D-2 task_D-4 task_aa-star
         task_aastarbbstar-5 task_abab-star task_boolean-3 task_cab_n_abd task_counter-2 task_counter-3
         task_crl-1 task_crl-2 task_crl-3 task_crl-5 task_dyck-1 task_dyck-2 task_parity task_reset_dyck
         task_shuffle-2 task_shuffle-4 task_tomita-1 task_tomita-2 task_tomita-3 task_tomita-4 task_tomita-5
@@ -412,6 +415,22 @@ def check_counting_recurrent(case):
     case.close(output.final, case['out.logits'], 'out.logits')
 
 
+def check_fast_weights(case):
+    operator = {'sum': LINEAR_ATTENTION, 'delta': DELTA}[case.meta['op']]
+    names = dict(zip(operator.inputs, ('q', 'k', 'v', 'beta'), strict=False))
+    def swap(x): return x.transpose(1, 2)  # heads before time there
+    inputs = [swap(case[f'in.{n}']) for n in names]
+    if 'beta' in names: inputs[-1] = inputs[-1].squeeze(-1)
+    for form in ('naive', *here(operator)):
+        leaves = [x.clone().requires_grad_() for x in (*inputs, case['in.W0'])]
+        y = call(operator, tuple(leaves[:-1]), leaves[-1], impl=form)
+        case.close(swap(y), case['out.y'], f'{form}: out.y')
+        *grads, grad_state = torch.autograd.grad(y, leaves, swap(case['in.grad_out']))
+        if 'beta' in names: grads[-1] = grads[-1][..., None]
+        for name, grad in zip(names, grads, strict=True): case.close(swap(grad), case[f'grad.{name}'], f'{form}: {name}')
+        case.close(grad_state, case['grad.W0'], f'{form}: grad.W0')
+
+
 FILE_RULES = (  # folder and file: the rule of its lines, where that is not the rule of the folder's task
     (r'.*/addbigram_(upto200_)?test', label_addbigram),
     (r'.*/addbigram_\w*seq_test', label_fillers),
@@ -500,6 +519,7 @@ BUILT = {
     'counting/metric_get_acc': check_metric,
     **dict.fromkeys(_stems('counting', 'train_trace_ct train_trace_lstm train_trace_rnn'), check_train_trace),
     **dict.fromkeys(COUNTING_FILES, check_counting_file),
+    **{f'linear_fwp/op_{name}': check_fast_weights for name in ('sum', 'delta')},
     'icl/looped_add': check_looped_add,
 }
 

@@ -159,7 +159,8 @@ def forward(
     sizes, like = operator.sizes(tensors), tensors[0]
     new = [_empty(like, sizes, operator.words['y'])]
     new += [_empty(like, sizes, operator.words[n], _state_dtype(like.dtype)) for n in operator.states]
-    kept = [_empty(like, sizes, operator.words[n]) if keep else None for n in operator.keeps]
+    kept = [_empty(like, sizes, operator.words[n], _state_dtype(like.dtype)) if keep else None
+            for n in operator.keeps]
     _run(operator, 'forward', sizes, like, (*tensors, *new, *kept), new[0].numel() < 2048)
     return *new, *kept
 
@@ -174,12 +175,14 @@ def backward(
     for name, x in zip(operator.arguments, tensors[:n], strict=True):
         words = partial[name].split() if name in partial else operator.words[name]
         every = sizes | {'slabs': -(-sizes['d_v'] // 32)} if 'slabs' in words else sizes
-        new.append(None if x is None else _empty(like, every, words, x.dtype))
+        summed = _state_dtype(like.dtype) if name in partial else None
+        new.append(None if x is None else _empty(like, every, words, summed or x.dtype))
     _run(operator, 'backward', sizes, like, (*tensors, *gradients, *new), tensors[n - 1] is None and like.numel() < 2048)
     for i, name in enumerate(operator.arguments):
         if name not in partial or new[i] is None: continue
         own = operator.words[name]
-        new[i] = new[i].sum([axis for axis, w in enumerate(partial[name].split()) if w not in own])
+        extra = [axis for axis, w in enumerate(partial[name].split()) if w not in own]
+        new[i] = new[i].sum(extra).to(tensors[i].dtype)
     return new
 
 # %% ../../nbs/01_ops/01_operator.ipynb #3b422eeb
@@ -223,7 +226,8 @@ def _register(operator):
         sizes, like, keep = operator.sizes(args), args[0], args[n]
         new = [_empty(like, sizes, operator.words['y'])]
         new += [_empty(like, sizes, operator.words[w], _state_dtype(like.dtype)) for w in operator.states]
-        return *new, *(_empty(like, sizes, operator.words[w]) if keep else like.new_empty(0) for w in operator.keeps)
+        kept = [_empty(like, sizes, operator.words[w], _state_dtype(like.dtype)) for w in operator.keeps]
+        return *new, *(kept if keep else [like.new_empty(0)] * len(kept))
     def shape_back(*args):
         return whole([None if x is None else x.new_empty(x.shape) for x in args[:n]], args[0])
     def remember(ctx, inputs, output):
