@@ -427,7 +427,8 @@ def check_fast_weights(case):
         case.close(swap(y), case['out.y'], f'{form}: out.y')
         *grads, grad_state = torch.autograd.grad(y, leaves, swap(case['in.grad_out']))
         if 'beta' in names: grads[-1] = grads[-1][..., None]
-        for name, grad in zip(names, grads, strict=True): case.close(swap(grad), case[f'grad.{name}'], f'{form}: {name}')
+        for name, grad in zip(names, grads, strict=True):
+            case.close(swap(grad), case[f'grad.{name}'], f'{form}: {name}')
         case.close(grad_state, case['grad.W0'], f'{form}: grad.W0')
 
 

@@ -126,14 +126,14 @@ def _kernel(source, kind, direction, dtype):
 def _form(name, impl, device, dtype): return choose(OPERATORS[name], impl, device, dtype)[0]
 
 # %% ../../nbs/01_ops/01_operator.ipynb #4e6abdfc
-_PAD = {n: (0,) * (4 - n) for n in range(5)}
+_PAD = {n: (0,) * (4 - n) for n in range(6)} # strides that a tensor does not have
 
 def _rows(tensors):
     "Address and strides of each tensor as one array of integers."
     numbers = []
     for x in tensors:
         if x is None: numbers += (0, 0, 0, 0, 0)
-        else: numbers += (x.data_ptr(), *x.stride(), *_PAD[x.dim()])
+        else: numbers += (x.data_ptr(), *x.stride()[-4:], *_PAD[x.dim()])
     return (ctypes.c_int64 * len(numbers))(*numbers)
 
 def _run(operator, direction, sizes, like, tensors, small):
@@ -260,11 +260,13 @@ def call(
     tensors, dtype = (*inputs, *states), getattr(inputs[0], 'dtype', None)
     sizes = check(operator, tensors)
     form = _form(operator.name, impl, inputs[0].device.type, dtype)
-    if _state_dtype(dtype) != dtype and not (form == 'cuda' and dtype == torch.bfloat16):
+    if _widened(dtype, form):
         tensors = (*(x.float() for x in inputs), *states)
     results = _compiled(operator, tensors) if form in COMPILED else _python(operator, form, tensors, sizes)
     y, finals = results[0].to(dtype), results[1:1 + len(states)]
     return (y, finals[0] if single else finals) if return_state else y
+
+def _widened(dtype, form): return _state_dtype(dtype) != dtype and dtype not in COMPILED.get(form, ())
 
 def _compiled(operator, tensors):
     "Compiled code, directly or as a registered operator."
