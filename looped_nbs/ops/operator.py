@@ -8,6 +8,7 @@ __all__ = ['FORMS', 'MAX_DIM', 'COMPILED', 'OPERATORS', 'SHAPES', 'Operator', 'c
 
 # %% ../../nbs/01_ops/01_operator.ipynb #e310aaf2
 import ctypes
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -149,6 +150,17 @@ def _run(operator, direction, sizes, like, tensors, small):
     if status < 0: raise RuntimeError(f'{operator.name}: CUDA error {-status}')
     if status: raise _not_finite(operator, operator.arguments[status - 1])
 
+_LARGE, _PAGE, _HUGEPAGE = 1 << 22, 1 << 21, 14 # bytes, bytes, the advice of Linux for large pages
+_madvise = getattr(ctypes.CDLL(None), 'madvise', None) if sys.platform == 'linux' else None
+
+def _large_pages(tensors):
+    "Let the system back large new tensors with large pages: else first touching them costs more than computing."
+    for x in tensors:
+        if x is None or x.is_cuda or _madvise is None or x.numel() * x.itemsize < _LARGE: continue
+        first, last = x.data_ptr() + _PAGE - 1, x.data_ptr() + x.numel() * x.itemsize
+        first, last = first - first % _PAGE, last - last % _PAGE
+        _madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _HUGEPAGE)
+
 def _not_finite(operator, name):
     return FieldError(f'{operator.name}.{name}', 'nan or inf', 'finite numbers')
 
@@ -166,6 +178,7 @@ def forward(
     new += [_empty(like, sizes, operator.words[n], _state_dtype(like.dtype)) for n in operator.states]
     kept = [_empty(like, sizes, operator.words[n], _state_dtype(like.dtype)) if keep else None
             for n in operator.keeps]
+    _large_pages((*new, *kept))
     _run(operator, 'forward', sizes, like, (*tensors, *new, *kept), new[0].numel() < 2048)
     return *new, *kept
 
@@ -182,6 +195,7 @@ def backward(
         every = sizes | {'slabs': -(-sizes['d_v'] // 32)} if 'slabs' in words else sizes
         summed = _state_dtype(like.dtype) if name in partial else None
         new.append(None if x is None else _empty(like, every, words, summed or x.dtype))
+    _large_pages(new)
     _run(operator, 'backward', sizes, like, (*tensors, *gradients, *new), like.numel() < 2048)
     for i, name in enumerate(operator.arguments):
         if name not in partial or new[i] is None: continue
