@@ -154,7 +154,7 @@ _LARGE, _PAGE, _HUGEPAGE = 1 << 22, 1 << 21, 14 # bytes, bytes, the advice of Li
 _madvise = getattr(ctypes.CDLL(None), 'madvise', None) if sys.platform == 'linux' else None
 
 def _large_pages(tensors):
-    "Let the system back large new tensors with large pages: else first touching them costs more than computing."
+    "Let the system back large new tensors with large pages: first touching small ones costs too much."
     for x in tensors:
         if x is None or x.is_cuda or _madvise is None or x.numel() * x.itemsize < _LARGE: continue
         first, last = x.data_ptr() + _PAGE - 1, x.data_ptr() + x.numel() * x.itemsize

@@ -114,13 +114,13 @@ def bench_ops(
     lengths: tuple = (64, 256, 512, 1024), # time steps
     threads: int = 2, # as many as there are, at most
 ) -> list[dict]: # one row per operator and length
-    "Time every operator at head size 32, once at 64 and at length 4096; a slow definition at short lengths only."
+    "Time every operator at head size 32, and once at 64 and at length 4096."
     old = torch.get_num_threads()
     torch.set_num_threads(min(threads, os.cpu_count()))
     try:
-        return [bench_operator(operator, *case) for operator in (LINEAR_ATTENTION, DELTA)
-                for case in (*((n, 32, _others(operator, n)) for n in lengths), (256, 64, _others(operator, 512)),
-                             (4096, 32, ('auto',)))]
+        return [bench_operator(operator, *case) for operator in (LINEAR_ATTENTION, DELTA) for case in
+                (*((n, 32, _others(operator, n)) for n in lengths), (256, 64, _others(operator, 512)),
+                 (4096, 32, ('auto',)))]
     finally: torch.set_num_threads(old)
 
 # %% ../../nbs/09_tools/01_bench.ipynb #6d4770aa
