@@ -25,6 +25,9 @@ from looped_nbs.experiments import fastweight_protocol
 from looped_nbs.interop import chunked, counting, icl
 from looped_nbs.interop.adapt import build, give, take
 from looped_nbs.layers.positions import build_positions
+from looped_nbs.ops.delta import DELTA
+from looped_nbs.ops.linear_attention import LINEAR_ATTENTION
+from looped_nbs.ops.operator import call, here
 from looped_nbs.tasks import (  # noqa: F401, register the tasks
     counting_modular,
     counting_shifted,
@@ -126,7 +129,7 @@ NOT_BUILT = {
         layer_Attentionlayer layer_FastFFlayer layer_LinearAttentionlayer layer_QuasiLSTMlayer
         layer_RecUpdateTanhFastFFlayer layer_SRWMlayer layer_TransformerFFlayers model_00_lstm
         model_01_trafo model_02_deltanet model_07_recdelta model_08_linear model_09_own_trafo
-        model_10_quasi_lstm model_12_srwm op_delta op_rec op_srwm op_sum
+        model_10_quasi_lstm model_12_srwm op_rec op_srwm
     '''),
     'part 4': _stems('timestep', '''
         alibi dp_eval dp_gpt dp_looped dp_time icl_looped icl_time lm_gpt lm_looped lm_time s2s_base
@@ -416,6 +419,23 @@ def check_counting_recurrent(case):
     case.close(output.final, case['out.logits'], 'out.logits')
 
 
+def check_fast_weights(case):
+    operator = {'sum': LINEAR_ATTENTION, 'delta': DELTA}[case.meta['op']]
+    names = dict(zip(operator.inputs, ('q', 'k', 'v', 'beta'), strict=False))
+    def swap(x): return x.transpose(1, 2)  # heads before time there
+    inputs = [swap(case[f'in.{n}']) for n in names]
+    if 'beta' in names: inputs[-1] = inputs[-1].squeeze(-1)
+    for form in ('naive', *here(operator)):
+        leaves = [x.clone().requires_grad_() for x in (*inputs, case['in.W0'])]
+        y = call(operator, tuple(leaves[:-1]), leaves[-1], impl=form)
+        case.close(swap(y), case['out.y'], f'{form}: out.y')
+        *grads, grad_state = torch.autograd.grad(y, leaves, swap(case['in.grad_out']))
+        if 'beta' in names: grads[-1] = grads[-1][..., None]
+        for name, grad in zip(names, grads, strict=True):
+            case.close(swap(grad), case[f'grad.{name}'], f'{form}: {name}')
+        case.close(grad_state, case['grad.W0'], f'{form}: grad.W0')
+
+
 FILE_RULES = (  # folder and file: the rule of its lines, where that is not the rule of the folder's task
     (r'.*/addbigram_(upto200_)?test', label_addbigram),
     (r'.*/addbigram_\w*seq_test', label_fillers),
@@ -587,6 +607,7 @@ BUILT = {
     'counting/metric_get_acc': check_metric,
     **dict.fromkeys(_stems('counting', 'train_trace_ct train_trace_lstm train_trace_rnn'), check_train_trace),
     **dict.fromkeys(COUNTING_FILES, check_counting_file),
+    **{f'linear_fwp/op_{name}': check_fast_weights for name in ('sum', 'delta')},
     'icl/looped_add': check_looped_add,
     **dict.fromkeys(_stems('linear_fwp', '''
         task_D-2 task_D-4 task_aa-star task_aastarbbstar-5 task_abab-star task_boolean-3 task_cab_n_abd
