@@ -135,7 +135,7 @@ def _told(experiment):
     return json.dumps({k: v for k, v in experiment.to_dict().items() if k != 'run'}, sort_keys=True)
 
 def _keep(experiments, file):
-    "Copy the weights of the small model that carries farthest; its number among the runs, and its configuration."
+    "Copy the weights of the small model that carries farthest; say which run it is, and its configuration."
     summaries = [Run.open(e.run.out).summary for e in experiments]
     sign = -1 if summaries[0]['score'] == 'squared_error' else 1
     small = [i for i, s in enumerate(summaries) if s['parameters'] <= _SMALL]

@@ -334,9 +334,9 @@ def reproduce_verb(*,
     runs = study_of.reproduce(study, scale, out, seed, tell=lambda line: print(line, file=sys.stderr))
     if publish: print(f'published {study_of.publish(study, scale, out, seed)}', file=sys.stderr)
     if runs is None: return _report(None)
-    folder = runs[0].path.parent
+    folder, shown = runs[0].path.parent, study_of.results(runs)
     if json: print(dumps([r.summary for r in runs]))
-    else: print(f'\n{study_of.results(runs)}\n\nnumbers  {folder}/results.json\nfigure   {folder}/results.png')
+    else: print(f'\n{shown}\n\nnumbers  {folder}/results.json\nfigure   {folder}/results.png')
     return 0
 
 # %% ../../nbs/09_tools/03_cli.ipynb #5d3249e8
