@@ -46,11 +46,13 @@ class Operator:
         found = {}
         for i, name in enumerate(self.arguments):
             for axis, word in enumerate(self.words[name]): found.setdefault(word, (i, axis))
-        self.origin = found # word to the argument and axis that it is read from
+        self.fixed = {w: int(w) for words in self.words.values() for w in words if w.isdigit()}
+        self.origin = {w: at for w, at in found.items() if not w.isdigit()} # word to the argument and axis that it is read from
         self.op, self.backward_op = _register(self)
         OPERATORS[self.name] = self
 
-    def sizes(self, tensors): return {w: tensors[i].shape[axis] for w, (i, axis) in self.origin.items()}
+    def sizes(self, tensors):
+        return {w: tensors[i].shape[axis] for w, (i, axis) in self.origin.items()} | self.fixed
 
 # %% ../../nbs/01_ops/01_operator.ipynb #8023a218
 def check(
@@ -58,7 +60,7 @@ def check(
     tensors: tuple, # inputs and states; a state may be absent
 ) -> dict[str, int]: # sizes by word
     "Refuse tensors of a wrong rank, size, type or device."
-    sizes, first = {}, tensors[0]
+    sizes, first = dict(operator.fixed), tensors[0]
     for name, x in zip(operator.arguments, tensors, strict=True):
         if x is None and name in operator.states: continue
         if not isinstance(x, Tensor): raise FieldError(f'{operator.name}.{name}', type(x).__name__, 'a tensor')
@@ -80,7 +82,7 @@ def _wrong_shape(operator, name, x, sizes):
     words = operator.words[name]
     if len(words) != x.dim(): known = {}
     else: known = {w: n for w, n in sizes.items() if w in words}
-    wanted = ', '.join(f'{w} {known[w]}' if w in known else w for w in words)
+    wanted = ', '.join(f'{w} {known[w]}' if w in known and not w.isdigit() else w for w in words)
     return FieldError(f'{operator.name}.{name}', tuple(x.shape), f'({wanted})')
 
 def _state_dtype(dtype): return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
@@ -293,7 +295,8 @@ def draw(
     seed: int = 0, # of the random numbers
 ) -> tuple[list, list]: # inputs and states
     "Draw arguments of an operator, with random states."
-    sizes, generator = dict(zip(('batch', 'time', 'heads', 'd_k', 'd_v'), shape, strict=True)), torch.Generator().manual_seed(seed)
+    names, generator = ('batch', 'time', 'heads', 'd_k', 'd_v'), torch.Generator().manual_seed(seed)
+    sizes = dict(zip(names, shape, strict=True)) | operator.fixed
     inputs = [x.to(dtype) for x in operator.sample(sizes, generator)]
     states = [torch.randn([sizes[w] for w in words.split()], generator=generator, dtype=torch.float64)
               for words in operator.states.values()]
