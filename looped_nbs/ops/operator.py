@@ -36,6 +36,7 @@ class Operator:
     chunk: Callable | None = None # the same in matrix products, where there is such a form
     keeps: dict[str, str] = field(default_factory=dict) # what the forward pass leaves for the backward pass
     partial: dict = field(default_factory=dict) # kind to {argument: words of its gradient before summing}
+    finite: tuple[str, ...] = () # inputs in which nan and inf are refused (compiled code checks on the CPU)
     flops: Callable | None = None # sizes -> operations a token and head: forward, forward and backward
     sample: Callable | None = None # sizes, generator -> inputs as they occur in training
 
@@ -47,7 +48,7 @@ class Operator:
         for i, name in enumerate(self.arguments):
             for axis, word in enumerate(self.words[name]): found.setdefault(word, (i, axis))
         self.fixed = {w: int(w) for words in self.words.values() for w in words if w.isdigit()}
-        self.origin = {w: at for w, at in found.items() if not w.isdigit()} # word to the argument and axis that it is read from
+        self.origin = {w: at for w, at in found.items() if w not in self.fixed} # word to argument and axis
         self.op, self.backward_op = _register(self)
         OPERATORS[self.name] = self
 
@@ -82,7 +83,8 @@ def _wrong_shape(operator, name, x, sizes):
     words = operator.words[name]
     if len(words) != x.dim(): known = {}
     else: known = {w: n for w, n in sizes.items() if w in words}
-    wanted = ', '.join(f'{w} {known[w]}' if w in known and not w.isdigit() else w for w in words)
+    known = {w: n for w, n in known.items() if w not in operator.fixed}
+    wanted = ', '.join(f'{w} {known[w]}' if w in known else w for w in words)
     return FieldError(f'{operator.name}.{name}', tuple(x.shape), f'({wanted})')
 
 def _state_dtype(dtype): return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
@@ -273,6 +275,9 @@ def _compiled(operator, tensors):
 def _python(operator, form, tensors, sizes):
     "The definition or the chunk form, from zeros where no state is given."
     like, states = tensors[0], tensors[operator.n_inputs:]
+    for name, x in zip(operator.inputs, tensors, strict=False):
+        if name in operator.finite and not torch.compiler.is_compiling() and not x.isfinite().all():
+            raise FieldError(f'{operator.name}.{name}', 'nan or inf', 'finite numbers')
     zeros = [like.new_zeros([sizes[w] for w in operator.words[n]]) if x is None else x
              for n, x in zip(operator.states, states, strict=True)]
     return getattr(operator, form)(*tensors[:operator.n_inputs], *zeros)

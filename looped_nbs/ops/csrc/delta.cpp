@@ -1,0 +1,183 @@
+// The delta rule on the CPU. Heads are independent; a slab of columns of the state stays in the nearest cache. Forwards
+// it is swept once for each block of steps: what a block writes is added during the sweep of the next one, and what steps
+// of one block mean for each other goes through products of their keys and queries.
+#include "delta.h"
+#include "lanes.h"
+
+namespace {
+
+constexpr int kMaxDim = 256;
+
+struct Call {
+  const Tensor* t;
+  int batch, time, heads, d_k, d_v, threads;
+
+  template <class T> static T* part(const Tensor& x, T* row, int first) {
+    return row ? row + first * x.stride[3] : row;
+  }
+
+  template <class T> NBS_SHARED void read_columns(int i, T* row, int first, T* to, int padded, int columns) const {
+    read(to, padded, part(t[i], row, first), t[i].stride[3], columns);
+  }
+};
+
+// Tensors: q k v beta state | y final error
+struct Forward : Call {
+  template <class T, int W, int N> int run() const {
+    const int64_t items = int64_t(batch) * heads;
+    int status = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1) reduction(max : status)
+    for (int64_t item = 0; item < items; item++)
+      for (int column = 0; column < d_v; column += W * N) {
+        const bool fine = slab<T, W, N>(item / heads, item % heads, column);
+        status = fine ? status : 4;
+      }
+    return status;
+  }
+
+  // False if a beta is not finite.
+  template <class T, int W, int N> bool slab(int64_t b, int64_t h, int first) const {
+    constexpr int Steps = NBS_REGISTERS >= 32 ? 4 : 2, Columns = W * N;
+    const int columns = d_v - first < Columns ? d_v - first : Columns, padded = round_up(d_k, W);
+    alignas(64) T state[kMaxDim * Columns], q[Steps][kMaxDim], k[2][Steps][kMaxDim], buffer[Columns];
+    V<T, W> write[Steps][N] = {};
+    for (int e = 0; e < d_k; e++)
+      read_columns(4, t[4].at<T>(b, h, e), first, state + e * Columns, Columns, columns);
+    std::memset(k, 0, sizeof(k));
+    bool finite = true;
+    for (int step = 0, now = 0; step < time; step += Steps, now = 1 - now) {
+      const int real = time - step < Steps ? time - step : Steps;
+      for (int s = 0; s < Steps; s++) {
+        read(q[s], padded, s < real ? t[0].at<T>(b, step + s, h) : nullptr, t[0].stride[3], d_k);
+        read(k[now][s], padded, s < real ? t[1].at<T>(b, step + s, h) : nullptr, t[1].stride[3], d_k);
+      }
+      V<T, W> old[Steps][N] = {}, y[Steps][N] = {};
+      for (int e = 0; e < d_k; e++)
+        for (int n = 0; n < N; n++) {
+          V<T, W> row = load<T, W>(state + e * Columns + n * W);
+          for (int s = 0; s < Steps; s++) delta_write_row(row, k[1 - now][s][e], write[s][n]);
+          store<T, W>(state + e * Columns + n * W, row);
+          for (int s = 0; s < Steps; s++) delta_read_row(row, k[now][s][e], q[s][e], old[s][n], y[s][n]);
+        }
+      for (int s = 0; s < Steps; s++) {
+        if (s < real) {
+          for (int r = 0; r < s; r++) {
+            const T kk = dot<T, W>(k[now][s], k[now][r], padded), qk = dot<T, W>(q[s], k[now][r], padded);
+            for (int n = 0; n < N; n++) delta_earlier(kk, qk, write[r][n], old[s][n], y[s][n]);
+          }
+          const T beta = *t[3].at<T>(b, step + s, h), qk = dot<T, W>(q[s], k[now][s], padded);
+          finite &= bool(std::isfinite(beta));
+          read_columns(2, t[2].at<T>(b, step + s, h), first, buffer, Columns, columns);
+          for (int n = 0; n < N; n++) {
+            V<T, W> error;
+            delta_finish(load<T, W>(buffer + n * W), old[s][n], beta, qk, error, write[s][n], y[s][n]);
+            store<T, W>(buffer + n * W, error);
+          }
+          ::write(part(t[7], t[7].at<T>(b, step + s, h), first), t[7].stride[3], buffer, columns);
+          for (int n = 0; n < N; n++) store<T, W>(buffer + n * W, y[s][n]);
+          ::write(part(t[5], t[5].at<T>(b, step + s, h), first), t[5].stride[3], buffer, columns);
+        } else {
+          for (int n = 0; n < N; n++) write[s][n] = V<T, W>{};
+        }
+      }
+    }
+    const int last = (time + Steps - 1) / Steps % 2 == 1 ? 0 : 1;
+    for (int e = 0; e < d_k; e++) {
+      for (int n = 0; n < N; n++) {
+        V<T, W> row = load<T, W>(state + e * Columns + n * W);
+        for (int s = 0; s < Steps; s++) delta_write_row(row, k[last][s][e], write[s][n]);
+        store<T, W>(buffer + n * W, row);
+      }
+      ::write(part(t[6], t[6].at<T>(b, h, e), first), t[6].stride[3], buffer, columns);
+    }
+    return finite;
+  }
+};
+
+// Tensors: q k v beta state final error | dy dfinal | dq dk dv dbeta dstate
+struct Backward : Call {
+  template <class T, int W, int N> int run() const {
+    const int64_t items = int64_t(batch) * heads;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t item = 0; item < items; item++)
+      for (int column = 0; column < d_v; column += W * N) slab<T, W, N>(item / heads, item % heads, column);
+    return 0;
+  }
+
+  // One sweep a step: it ends step t + 1 and begins step t. Before the first there is no t + 1, after the last no t.
+  template <class T, int W, int N> void slab(int64_t b, int64_t h, int first) const {
+    constexpr int Columns = W * N;
+    const int columns = d_v - first < Columns ? d_v - first : Columns, rows = round_up(d_k, W);
+    alignas(64) T state[kMaxDim * Columns], grad[kMaxDim * Columns], buffer[Columns];
+    alignas(64) T q[kMaxDim], k[2][kMaxDim], dq[kMaxDim], dk[kMaxDim];
+    V<T, W> write[N] = {}, r[N] = {}, dy[N];
+    for (int e = 0; e < rows; e++) {
+      const bool real = e < d_k;
+      read_columns(5, real ? t[5].at<T>(b, h, e) : nullptr, first, state + e * Columns, Columns, columns);
+      read_columns(8, real ? t[8].at<T>(b, h, e) : nullptr, first, grad + e * Columns, Columns, columns);
+    }
+    std::memset(k, 0, sizeof(k));
+    for (int step = time - 1, now = 0; step >= -1; step--, now = 1 - now) {
+      const bool real = step >= 0;
+      read(q, rows, real ? t[0].at<T>(b, step, h) : nullptr, t[0].stride[3], d_k);
+      read(k[now], rows, real ? t[1].at<T>(b, step, h) : nullptr, t[1].stride[3], d_k);
+      read_columns(7, real ? t[7].at<T>(b, step, h) : nullptr, first, buffer, Columns, columns);
+      for (int n = 0; n < N; n++) dy[n] = load<T, W>(buffer + n * W);
+      V<T, W> a[N] = {};
+      const T *k_now = k[now], *k_next = k[1 - now];
+      for (int group = 0; group < rows; group += W) {
+        const auto row = [&](int e, V<T, W>* sums) __attribute__((always_inline)) {
+          sums[0] = sums[1] = V<T, W>{};
+          for (int n = 0; n < N; n++) {
+            T *at_state = state + e * Columns + n * W, *at_grad = grad + e * Columns + n * W;
+            V<T, W> S = load<T, W>(at_state), G = load<T, W>(at_grad);
+            delta_backward_row(S, G, k_next[e], write[n], r[n], k_now[e], q[e], dy[n], sums[0], sums[1], a[n]);
+            store<T, W>(at_state, S);
+            store<T, W>(at_grad, G);
+          }
+        };
+        V<T, W> sums[2];
+        Fold<T, W>::template rows<2>(row, group, sums);
+        store<T, W>(dk + group, sums[0]);
+        store<T, W>(dq + group, sums[1]);
+      }
+      if (step + 1 < time) ::write(t[10].at<T>(b, step + 1, h), t[10].stride[3], dk, d_k, first > 0);
+      if (!real) break;
+      ::write(t[9].at<T>(b, step, h), t[9].stride[3], dq, d_k, first > 0);
+      const T beta = *t[3].at<T>(b, step, h);
+      V<T, W> error_a = {};
+      read_columns(6, t[6].at<T>(b, step, h), first, buffer, Columns, columns);
+      for (int n = 0; n < N; n++) {
+        const V<T, W> error = load<T, W>(buffer + n * W);
+        error_a += error * a[n];
+        write[n] = beta * error;
+        V<T, W> dv;
+        delta_backward_finish(a[n], beta, dv, r[n]);
+        store<T, W>(buffer + n * W, dv);
+      }
+      ::write(part(t[11], t[11].at<T>(b, step, h), first), t[11].stride[3], buffer, columns);
+      T* dbeta = t[12].at<T>(b, step, h);
+      *dbeta = (first > 0 ? *dbeta : T(0)) + sum<T, W>(error_a);
+    }
+    for (int e = 0; e < d_k; e++)
+      ::write(part(t[13], t[13].at<T>(b, h, e), first), t[13].stride[3], grad + e * Columns, columns);
+  }
+};
+
+template <class Pass, class T> int call(const Tensor* tensors, const int64_t* sizes, int64_t threads) {
+  Pass pass;
+  static_cast<Call&>(pass) = {tensors, int(sizes[0]), int(sizes[1]), int(sizes[2]), int(sizes[3]), int(sizes[4]),
+                              int(threads)};
+  return with_slab<T>(pass.d_v, pass);
+}
+
+}  // namespace
+
+#define NBS_KERNEL(name, pass, type) \
+  NBS_EXPORT int name(const Tensor* tensors, const int64_t* sizes, int64_t threads) { \
+    return call<pass, type>(tensors, sizes, threads); \
+  }
+NBS_KERNEL(delta_forward_float32, Forward, float)
+NBS_KERNEL(delta_forward_float64, Forward, double)
+NBS_KERNEL(delta_backward_float32, Backward, float)
+NBS_KERNEL(delta_backward_float64, Backward, double)
