@@ -7,6 +7,7 @@ __all__ = ['TASKS']
 
 # %% ../../nbs/08_experiments/02_chunked.ipynb #474cff11
 from ..core.config import register_preset, register_study
+from ..interop.chunked import ENCODINGS
 
 # %% ../../nbs/08_experiments/02_chunked.ipynb #8dc137e4
 TASKS = ('parity_check', 'parallel_parity_check', 'even_pairs', 'cycle_navigation', 'modular_arithmetic')
@@ -21,23 +22,29 @@ _MODELS = {
     'lstm': {'name': 'lstm', 'd_model': 64},
     'gru': {'name': 'gru', 'd_model': 64},
 }
+_ANCESTOR = {'name': 'transformer', 'd_model': 64, 'n_layers': 5, 'n_heads': 8, 'dropout': 0.1,
+             'norm': 'post', 'causal': False, 'attention_bias': False, 'head_bias': True,
+             'scale_input': True, 'init': 'haiku'}
+_ANCESTORS = {f'ancestor_{there.lower()}': _ANCESTOR | {'positions': here}
+              for there, here in ENCODINGS.items()}
 
 def _register():
     "Enter the presets of the study."
+    models = {'': _TRANSFORMER} | {f'/{name}': model for name, model in (_MODELS | _ANCESTORS).items()}
     for task in TASKS:
-        for name, model in (('', _TRANSFORMER), *((f'/{n}', m) for n, m in _MODELS.items())):
-            attends = 'transformer' in model['name']
+        for name, model in models.items():
+            attends, decays = 'transformer' in model['name'], 'ancestor' not in name
             described = f'{task.replace("_", " ")}, strings of 1 to 40; {name.strip("/") or "transformer"}'
             coding = 'tape' if attends else 'last'
             register_preset(f'chunked/{task}{name}', described,
                             task={'name': task, 'coding': coding, 'test_length': 500}, model=model,
-                            optim={'lr': 1e-4 if attends else 1e-3, 'weight_decay': 0.01},
+                            optim={'lr': 1e-4 if attends else 1e-3, 'weight_decay': 0.01 * decays},
                             train={'steps': 20_000, 'batch_size': 128},
                             evaluate={'examples': 512, 'every': 10})
 
 _register()
 
-# %% ../../nbs/08_experiments/02_chunked.ipynb #fddf68f5
+# %% ../../nbs/08_experiments/02_chunked.ipynb #e19d522c
 _SMOKE = {'task.coding': 'prefix', 'task.max_length': 10, 'task.test_length': 40, 'optim.lr': 5e-3,
           'train.steps': 300, 'train.batch_size': 32, 'evaluate.examples': 64, 'evaluate.every': 3}
 register_study('chunked', 'regular languages at ten times the training length (Soulos et al.)',

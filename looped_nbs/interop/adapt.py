@@ -7,9 +7,11 @@ __all__ = ['GPT2_PARTS', 'Move', 'take', 'give', 'Adapted', 'build', 'layer_move
            'need']
 
 # %% ../../nbs/07_interop/00_adapt.ipynb #1cfcbf54
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..core.errors import FieldError, InputError
@@ -24,6 +26,7 @@ class Move:
     theirs: str # name in the checkpoint
     ours: str # name in the model's state dict
     turned: bool = False # is the matrix stored the other way round?
+    piece: int | None = None # which of several equal blocks of rows of ours it is; None: all of it
 
 # %% ../../nbs/07_interop/00_adapt.ipynb #376a82e8
 def take(
@@ -36,7 +39,17 @@ def take(
     for name, tensor in tensors.items():
         if name not in where and name not in computed:
             raise FieldError('checkpoint', name, f'a known tensor; this one has shape {tuple(tensor.shape)}')
-    return {m.ours: tensors[n].mT if m.turned else tensors[n] for n, m in where.items() if n in tensors}
+    taken = {}
+    for m in where.values():
+        if m.theirs not in tensors: continue
+        tensor = tensors[m.theirs].mT if m.turned else tensors[m.theirs]
+        taken.setdefault(m.ours, {})[m.piece] = tensor
+    whole = Counter(m.ours for m in where.values())
+    for ours, pieces in taken.items():
+        if len(pieces) < whole[ours]:
+            raise FieldError('checkpoint', f'a part of {ours}', f'all {whole[ours]} parts of it, or none')
+    return {ours: pieces[None] if None in pieces else torch.cat([pieces[i] for i in sorted(pieces)])
+            for ours, pieces in taken.items()}
 
 # %% ../../nbs/07_interop/00_adapt.ipynb #7d28afa3
 def give(
@@ -44,9 +57,13 @@ def give(
     moves: Iterable[Move], # where each came from
 ) -> dict[str, Tensor]: # the same tensors under their names
     "Rename and reshape tensors for another code base; undoes `take`."
-    return {m.theirs: tensors[m.ours].mT if m.turned else tensors[m.ours] for m in moves}
+    moves = list(moves)
+    pieces = Counter(m.ours for m in moves)
+    rows = {m: tensors[m.ours] if m.piece is None else tensors[m.ours].chunk(pieces[m.ours])[m.piece]
+            for m in moves}
+    return {m.theirs: rows[m].mT if m.turned else rows[m] for m in moves}
 
-# %% ../../nbs/07_interop/00_adapt.ipynb #badae371
+# %% ../../nbs/07_interop/00_adapt.ipynb #2ced3966
 @dataclass
 class Adapted:
     "A registered model that computes what a checkpoint computes."
@@ -56,7 +73,7 @@ class Adapted:
     moves: tuple[Move, ...] # where every tensor came from
     state: dict[str, Tensor] # its state dict
 
-# %% ../../nbs/07_interop/00_adapt.ipynb #bd632e4f
+# %% ../../nbs/07_interop/00_adapt.ipynb #ca3216d5
 def build(
     adapted: Adapted, # what an adapter returned
 ) -> SequenceModel: # the model, with the checkpoint's weights and their precision
@@ -67,7 +84,7 @@ def build(
     model.to(next(iter(adapted.state.values())).dtype).load_state_dict(adapted.state)
     return model
 
-# %% ../../nbs/07_interop/00_adapt.ipynb #5c365488
+# %% ../../nbs/07_interop/00_adapt.ipynb #d0e3de28
 GPT2_PARTS = {
     'ln_1.': 'norm1.', 'attn.c_attn.': 'mixer.qkv.', 'attn.c_proj.': 'mixer.out.',
     'ln_2.': 'norm2.', 'mlp.c_fc.': 'feedforward.0.', 'mlp.c_proj.': 'feedforward.3.',
@@ -84,7 +101,7 @@ def layer_moves(
     return [Move(f'{prefix}{i}.{a}{kind}', f'{where}.{i}.{b}{kind}', kind == 'weight' and a in turned)
         for i in range(n_layers) for a, b in parts.items() for kind in ('weight', 'bias')]
 
-# %% ../../nbs/07_interop/00_adapt.ipynb #d0e3de28
+# %% ../../nbs/07_interop/00_adapt.ipynb #54247934
 def recurrent_moves(
     params: dict[str, Tensor], # weights of a checkpoint
     prefix: str, # name of PyTorch's recurrent network in it
@@ -100,7 +117,7 @@ def count_layers(
     "Count the layers of a checkpoint by their names."
     return len({n.removeprefix(prefix).split('.')[0] for n in params if n.startswith(prefix)})
 
-# %% ../../nbs/07_interop/00_adapt.ipynb #a47ab054
+# %% ../../nbs/07_interop/00_adapt.ipynb #13a43fbf
 def only(
     config: dict, # settings of a checkpoint
     **known: object, # the one value of a setting that has a counterpart here

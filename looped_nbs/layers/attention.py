@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..core.errors import FieldError, at_least
 from .mixer import Mixer, register_mixer
+from .positions import Placed
 
 # %% ../../nbs/02_layers/02_attention.ipynb #b305f88f
 def attend(
@@ -42,29 +43,40 @@ class Attention(Mixer):
         causal: bool = True, # does position t see positions up to t only?
         dropout: float = 0., # of the attention weights, a probability
         scale: float | None = None, # of the scores; None: one over the root of the head width
+        bias: bool = True, # have the maps to queries, keys, values and of the answers a bias?
+        window: int | None = None, # distance beyond which a key of the sequence is hidden; None: none is
+        relative: nn.Module | None = None, # what the layer learns of positions: `per_layer()` of their scheme
     ):
         super().__init__()
         at_least('n_heads', n_heads, 1)
         if d_model % n_heads: raise FieldError('d_model', d_model, f'a multiple of n_heads = {n_heads}')
+        self.window = None if window is None else at_least('window', window, 0)
         self.n_heads, self.causal, self.dropout, self.scale = n_heads, causal, dropout, scale
-        self.qkv, self.out = nn.Linear(d_model, 3 * d_model), nn.Linear(d_model, d_model)
+        self.qkv, self.out = nn.Linear(d_model, 3 * d_model, bias), nn.Linear(d_model, d_model, bias)
+        self.relative = relative
 
     def _heads(self, x): return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
 
     def _project(self, x, context):
         "Queries from x, keys and values from the context."
         if context is None: return map(self._heads, self.qkv(x).chunk(3, -1))
-        d = x.shape[-1]
-        q = F.linear(x, self.qkv.weight[:d], self.qkv.bias[:d])
-        k, v = F.linear(context, self.qkv.weight[d:], self.qkv.bias[d:]).chunk(2, -1)
-        return map(self._heads, (q, k, v))
+        q, kv = self.qkv.weight.split([x.shape[-1], 2 * x.shape[-1]])
+        of_q, of_kv = (None, None) if self.qkv.bias is None else self.qkv.bias.split([len(q), len(kv)])
+        return map(self._heads, (F.linear(x, q, of_q), *F.linear(context, kv, of_kv).chunk(2, -1)))
+
+    def _place(self, q, k, placed, causal):
+        "Rotate queries and keys, or add to queries; return them with what is added to the scores."
+        if placed.rotate: return placed.rotate(q), placed.rotate(k), placed.bias
+        if placed.relative is None: return q, k, placed.bias
+        if self.relative is None: raise FieldError('relative', None, '`per_layer()` of the positions')
+        q, by_position = self.relative(q, placed.relative, causal)
+        return q, k, by_position * (q.shape[-1] ** -.5 if self.scale is None else self.scale)
 
     def forward(self, x, *, context=None, mask=None, positions=None, state=None):
         q, k, v = self._project(x, context)
-        rotate, bias = (positions.rotate, positions.bias) if positions else (None, None)
-        if rotate: q, k = rotate(q), rotate(k)
-        causal = self.causal and context is None
-        mask, hint = score_mask(x.shape[1], k.shape[2], causal, mask, bias, x.device)
+        causal, window = (self.causal, self.window) if context is None else (False, None)
+        q, k, bias = self._place(q, k, positions or Placed(), causal)
+        mask, hint = score_mask(x.shape[1], k.shape[2], causal, mask, bias, x.device, window)
         dropout = self.dropout if self.training else 0.
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, hint, scale=self.scale)
         return self.out(y.transpose(1, 2).flatten(2)), None
@@ -77,12 +89,24 @@ def score_mask(
     key_mask: Tensor | None, # keys (batch, time_k), or pairs (batch, time, time_k), that may be read
     bias: Tensor | None, # added to scores (batch or 1, heads, time, time_k)
     device: torch.device, # where the mask is needed
+    window: int | None = None, # distance beyond which keys are hidden; None: none is
 ) -> tuple[Tensor | None, bool]: # the `attn_mask` and `is_causal` of scaled_dot_product_attention
-    "Combine causality, padding and bias into what the fused kernel takes; causality alone needs no tensor."
-    if key_mask is None and bias is None: return None, causal
-    keep = torch.ones(time, time_k, dtype=torch.bool, device=device).tril() if causal else None
+    "Combine causality, window, padding and bias into what the kernel takes; causality needs no tensor."
+    if key_mask is None and bias is None and window is None: return None, causal
+    keep = None
+    if causal or window is not None:
+        keep = torch.ones(time, time_k, dtype=torch.bool, device=device)
+        if causal: keep = keep.tril()
+        if window is not None: keep = keep.tril(window).triu(-window)
     if key_mask is not None:
         pairs = key_mask[:, None, None] if key_mask.dim() == 2 else key_mask[:, None]
         keep = pairs if keep is None else keep & pairs
+        if window is not None: keep = _or_itself(keep)
     if bias is None: return keep, False
     return (bias if keep is None else bias.masked_fill(~keep, -torch.inf)), False
+
+# %% ../../nbs/02_layers/02_attention.ipynb #c0d3db1b
+def _or_itself(keep):
+    "Let a token whose window holds padding only read itself: its answer counts for nothing, but is finite."
+    lost = ~keep.any(-1, keepdim=True)
+    return keep | lost & torch.eye(*keep.shape[-2:], dtype=torch.bool, device=keep.device)

@@ -70,10 +70,12 @@ class Stack(nn.Module):
         layers: Iterable[nn.Module], # blocks or mixers
         positions: NoPositions | None = None, # scheme of positions, added at the entrance
         norm: nn.Module | None = None, # applied at the exit
+        dropout: float = 0., # of the embedding, a probability, where the scheme of positions asks for it
     ):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.positions, self.norm = positions or NoPositions(), norm or nn.Identity()
+        self.dropout = nn.Dropout(dropout if self.positions.drops else 0.)
 
     def carry(self,
         h: Tensor, # (batch, time, d_model)
@@ -86,7 +88,7 @@ class Stack(nn.Module):
         "Apply all layers, handing each its own state."
         if ids is None: ids = torch.arange(h.shape[1], device=h.device).expand(h.shape[:2])
         if placed is None: placed = self.positions.place(ids, h.dtype)
-        h, kept = self.positions.embed(h, ids), []
+        h, kept = self.dropout(self.positions.embed(h, ids)), []
         for layer, state in zip(self.layers, states or [None] * len(self.layers), strict=True):
             h, state = layer(h, state=state, mask=mask, positions=placed)
             kept.append(state)

@@ -58,9 +58,11 @@ class SequenceModel(nn.Module):
         head_bias: bool | None = None, # bias of the head; None: for features only
         tied: bool = False, # is the embedding, over the root of d_model, the head?
         null_row: bool = False, # is the embedding of the first token zero, and not trained?
+        scale_input: bool = False, # multiply the embedding by the root of d_model, whatever the positions?
     ):
         super().__init__()
         self.features, self.d_model, self.loop = features, d_model, loop
+        self.input_scale = math.sqrt(d_model) if scale_input else self.positions.input_scale
         embedding = nn.Linear if features else NullEmbedding if null_row else nn.Embedding
         self.embed = embedding(d_in, d_model - self.positions.fills)
         self.head = None if tied else nn.Linear(d_model, d_out, features if head_bias is None else head_bias)
@@ -127,7 +129,7 @@ class SequenceModel(nn.Module):
         "Answer a batch."
         ids = batch.position_ids
         if ids is None: ids = self.position_ids(batch).to(batch.inputs.device)
-        x = self.embed(batch.inputs) * self.positions.input_scale
+        x = self.embed(batch.inputs) * self.input_scale
         x = F.pad(x, (0, self.positions.fills)) if self.positions.fills else x
         where = {'ids': ids, 'placed': self.positions.place(ids, x.dtype), 'mask': self.keys(batch)}
         n = self.loop.n_loops if n_loops is None else n_loops
@@ -179,14 +181,25 @@ def _clones(model):
     for b in blocks:
         if not isinstance(b.mixer, Attention): continue
         nn.init.xavier_uniform_(b.mixer.qkv.weight)
-        for linear in (b.mixer.qkv, b.mixer.out): nn.init.zeros_(linear.bias)
+        for linear in (b.mixer.qkv, b.mixer.out):
+            if linear.bias is not None: nn.init.zeros_(linear.bias)
     for b in blocks[1:]: b.load_state_dict(blocks[0].state_dict())
 
-INITS = {'gpt2': _gpt2, 'torch': _torch, 'clones': _clones}
+def _haiku(model):
+    "Truncated normal, deviation one over the root of the inputs of a map, 0.02 for the embedding; no bias."
+    for m in model.modules():
+        if not isinstance(m, nn.Linear): continue
+        std = m.in_features ** -.5
+        nn.init.trunc_normal_(m.weight, std=std, a=-2 * std, b=2 * std)
+        if m.bias is not None: nn.init.zeros_(m.bias)
+    if isinstance(model.embed, (nn.Embedding, nn.Linear)):
+        nn.init.trunc_normal_(model.embed.weight, std=0.02, a=-0.04, b=0.04)
+
+INITS = {'gpt2': _gpt2, 'torch': _torch, 'clones': _clones, 'haiku': _haiku}
 
 def initialise(
     model: SequenceModel, # changed in place
-    init: str, # gpt2, torch or clones
+    init: str, # gpt2, torch, clones or haiku
 ) -> None:
     "Set the initial weights of a model in a published way."
     with torch.no_grad(): INITS[one_of('init', init, INITS)](model)

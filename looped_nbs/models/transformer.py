@@ -18,9 +18,10 @@ from ..layers.positions import build_positions
 from .base import SequenceModel, initialise, register_model
 
 # %% ../../nbs/03_models/01_transformer.ipynb #b1eec4b6
-def _check_sizes(dropout, **sizes):
+def _check_sizes(dropout, max_len, **sizes):
     "Refuse sizes below 1, heads that do not divide the width and a dropout that is no probability."
     for name, value in sizes.items(): at_least(name, value, 1)
+    if max_len is not None: at_least('max_len', max_len, 1)
     if sizes['d_model'] % sizes['n_heads']:
         raise FieldError('d_model', sizes['d_model'], f"a multiple of n_heads = {sizes['n_heads']}")
     if not 0 <= dropout < 1: raise FieldError('dropout', dropout, 'a probability in [0, 1)')
@@ -33,6 +34,16 @@ def score_scale(
     "The factor of the attention scores of a layer."
     if by_width and divisor == 1: return None
     return (1 / d_head if by_width else 1.) ** .5 / divisor
+
+def _mixers(name, d_model, positions, scales, causal, window, **wanted):
+    "Build a mixer for each layer; refuse one that is causal or has no window, where it should not."
+    wanted |= {'causal': causal, 'window': window}
+    for scale in scales:
+        mix = build_mixer(name, d_model, scale=scale, relative=positions.per_layer(), **wanted)
+        if mix.causal and not causal: raise FieldError('causal', causal, f'true for the mixer {name}')
+        if getattr(mix, 'window', None) != window:
+            raise FieldError('window', window, f'none for the mixer {name}')
+        yield mix
 
 # %% ../../nbs/03_models/01_transformer.ipynb #94f3c4ab
 @register_model('transformer')
@@ -48,32 +59,34 @@ class Transformer(SequenceModel):
         n_heads: int = 4, # attention heads
         d_ff: int | None = None, # inner width of the feed-forward layer; none: 4 d_model
         mixer: str = 'attention', # what moves information between positions, see `looped list`
-        positions: str = 'none', # none, learned, frozen, learned_sine, sinusoidal, rotary, alibi, scalar …
+        positions: str = 'none', # none, learned, sinusoidal, rotary, alibi, relative …: see `looped list`
         ids: str = 'plain', # how positions are counted: plain, shift, random or zoom
         max_len: int | None = None, # size of a table of positions, or range of drawn ids
         norm: str = 'pre', # pre or post
         activation: str = 'relu', # of the feed-forward layer: relu, gelu, gelu_tanh or silu
         causal: bool = True, # does position t see positions up to t only?
         dropout: float = 0., # of every residual branch and inner layer, a probability
+        window: int | None = None, # distance beyond which attention sees nothing; none: it sees everything
         scale_by_depth: bool = False, # divide the attention scores of layer i by i + 1
         scale_by_width: bool = True, # divide them by the root of the head width
+        attention_bias: bool = True, # have the linear maps of attention a bias?
         sees_itself: bool = False, # may a padding token attend to itself?
+        scale_input: bool = False, # multiply the embedding by the root of d_model, whatever the positions?
+        head_bias: bool | None = None, # bias of the head; none: for features only
         tied: bool = False, # is the embedding, over the root of d_model, the head?
         null_row: bool = False, # is the embedding of the first token zero, and not trained?
-        init: str = 'gpt2', # initial weights: gpt2, torch or clones
+        init: str = 'gpt2', # initial weights: gpt2, torch, clones or haiku
     ):
-        _check_sizes(dropout, d_model=d_model, n_layers=n_layers, n_heads=n_heads)
-        if max_len is not None: at_least('max_len', max_len, 1)
-        def block(i):
-            scale = score_scale(d_model / n_heads, scale_by_width, i + 1 if scale_by_depth else 1)
-            mix = build_mixer(mixer, d_model, n_heads=n_heads, causal=causal, scale=scale)
-            if mix.causal and not causal: raise FieldError('causal', causal, f'true for the mixer {mixer}')
-            feedforward = FeedForward(d_model, 4 * d_model if d_ff is None else d_ff, activation, dropout)
-            return Block(mix, feedforward, d_model, norm, dropout)
-        exit_norm = nn.LayerNorm(d_model) if norm == 'pre' else None
+        _check_sizes(dropout, max_len, d_model=d_model, n_layers=n_layers, n_heads=n_heads)
         scheme = build_positions(positions, d_model, n_heads, max_len, ids)
-        body = Stack(map(block, range(n_layers)), scheme, exit_norm)
-        super().__init__(d_in, d_out, features, d_model, Loop(body), None, tied, null_row)
+        d_ff, d_head = 4 * d_model if d_ff is None else d_ff, d_model / n_heads
+        scales = [score_scale(d_head, scale_by_width, i * scale_by_depth + 1) for i in range(n_layers)]
+        mixers = _mixers(mixer, d_model, scheme, scales, n_heads=n_heads, causal=causal, window=window,
+                         bias=attention_bias)
+        layers = [Block(mix, FeedForward(d_model, d_ff, activation, dropout), d_model, norm, dropout)
+                  for mix in mixers]
+        body = Stack(layers, scheme, nn.LayerNorm(d_model) if norm == 'pre' else None, dropout)
+        super().__init__(d_in, d_out, features, d_model, Loop(body), head_bias, tied, null_row, scale_input)
         self.sees_itself = sees_itself
         initialise(self, init)
 
@@ -127,7 +140,7 @@ class UniversalTransformer(Transformer):
         n_layers: int = 1, # blocks in the group
         n_loops: int = 4, # applications of the group
         attention_dropout: float = 0., # of the attention weights, a probability
-        init: str = 'clones', # initial weights: gpt2, torch or clones
+        init: str = 'clones', # initial weights: gpt2, torch, clones or haiku
         **fields: object, # fields of the transformer
     ):
         super().__init__(d_in, d_out, features, n_layers=n_layers, init=init, **fields)
