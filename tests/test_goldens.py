@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import re
+import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,14 +19,20 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from looped_nbs.core.batch import Batch
+from looped_nbs.core.batch import Batch, Output
 from looped_nbs.core.config import Optim
+from looped_nbs.experiments import fastweight_protocol
 from looped_nbs.interop import chunked, counting, icl
 from looped_nbs.interop.adapt import build, give, take
 from looped_nbs.layers.positions import build_positions
 from looped_nbs.tasks import (  # noqa: F401, register the tasks
     counting_modular,
     counting_shifted,
+    language_automata,
+    language_brackets,
+    language_counters,
+    language_nested,
+    language_repeats,
     regular,
 )
 from looped_nbs.tasks.codings import CODINGS
@@ -34,7 +41,8 @@ from looped_nbs.tasks.counting_auxiliary import label_addbigram, label_addtable,
 from looped_nbs.tasks.counting_raspl import label_raspl
 from looped_nbs.tasks.counting_selective import label_selective
 from looped_nbs.tasks.files import to_examples, to_problem
-from looped_nbs.tasks.objectives import Regression, TokenClassification
+from looped_nbs.tasks.objectives import Regression, TokenClassification, add_tallies, means
+from looped_nbs.tasks.paired_files import read_pair, read_splits, write_pair
 from looped_nbs.tasks.task import TASKS
 from looped_nbs.training.optim import build_optimiser, learning_rate, set_rate
 
@@ -115,14 +123,10 @@ NOT_BUILT = {
     'part 2': [
     ],
     'part 3': _stems('linear_fwp', '''
-        dataset eval layer_Attentionlayer layer_FastFFlayer layer_LinearAttentionlayer layer_QuasiLSTMlayer
+        layer_Attentionlayer layer_FastFFlayer layer_LinearAttentionlayer layer_QuasiLSTMlayer
         layer_RecUpdateTanhFastFFlayer layer_SRWMlayer layer_TransformerFFlayers model_00_lstm
         model_01_trafo model_02_deltanet model_07_recdelta model_08_linear model_09_own_trafo
-        model_10_quasi_lstm model_12_srwm op_delta op_rec op_srwm op_sum task_D-2 task_D-4 task_aa-star
-        task_aastarbbstar-5 task_abab-star task_boolean-3 task_cab_n_abd task_counter-2 task_counter-3
-        task_crl-1 task_crl-2 task_crl-3 task_crl-5 task_dyck-1 task_dyck-2 task_parity task_reset_dyck
-        task_shuffle-2 task_shuffle-4 task_tomita-1 task_tomita-2 task_tomita-3 task_tomita-4 task_tomita-5
-        task_tomita-6 task_tomita-7
+        model_10_quasi_lstm model_12_srwm op_delta op_rec op_srwm op_sum
     '''),
     'part 4': _stems('timestep', '''
         alibi dp_eval dp_gpt dp_looped dp_time icl_looped icl_time lm_gpt lm_looped lm_time s2s_base
@@ -475,6 +479,86 @@ def check_looped_add(case):
     case.close(predictions(fewer), case['out.pred_all_loops'][:some], f'{some} loops')
 
 
+LANGUAGES = {'aastarbbstar': 'runs', 'D': 'd'}  # names of the suite that differ from ours
+PUBLISHED_SIZES = {  # vocabularies of the study, padding included
+    'parity': (3, 3), 'aa-star': (2, 3), 'abab-star': (3, 3), 'counter-2': (3, 4), 'counter-3': (4, 5),
+    'shuffle-2': (5, 5), 'dyck-1': (3, 3), 'reset_dyck': (4, 3),
+}
+
+
+def _language(name):
+    "The task of a language, by its name in the suite."
+    family, number = re.fullmatch(r'([a-zA-Z_-]+?)(?:-(\d+))?', name).groups()
+    ours = LANGUAGES.get(family, family.replace('-', '_'))
+    return TASKS[f'language_{ours}_{number}' if number else f'language_{ours}']
+
+
+def _window(task, ends):
+    "Fields that set the window of training to that of a bin."
+    unit = task.axis
+    return {f'min_{unit}': ends[0], f'max_{unit}': ends[1], f'test_{unit}': 2 * ends[1] + 2}
+
+
+def check_language(case):
+    name, width = case.stem.removeprefix('linear_fwp/task_'), case.meta['chars_per_target_step']
+    build_task = _language(name)
+    for facts in (case.meta['bin0'], case.meta['bin1']):
+        fields = _window(build_task, facts['window']) | {'train_size': 0, 'val_size': 1, 'test_size': 1}
+        task = build_task(**fields)
+        assert len(facts['src']) == len(facts['tgt']) > 0
+        index = {a: i for i, a in enumerate(task.grammar.letters)}
+        longest = task.length(facts['window'][1])
+        for n, (word, targets) in enumerate(zip(facts['src'], facts['tgt'], strict=True)):
+            wanted = [targets[i:i + width] for i in range(0, len(targets), width)]
+            wanted += ['-1'] * (len(word) - len(wanted))  # an end marker is asked nothing
+            assert task.grammar.rule(word) == wanted, word
+            problem = task.problem(np.array([[index[a] for a in word]], dtype=np.int8), np.array([len(word)]))
+            assert [(*task.answers, '-1')[y] for y in problem['answers'][0]] == wanted, word
+            np.testing.assert_array_equal(task.label(problem), problem['answers'])
+            values = len(word) // len(task.grammar.letters) if task.axis == 'count' else len(word)
+            assert facts['window'][0] <= values and len(word) <= longest
+            if n == 0 and facts['multihot_first'] is not None:
+                hot = build_task(coding='multi_hot', **fields).encode(problem)
+                assert hot.targets[0].tolist() == facts['multihot_first']
+    sizes = task.d_in, build_task(pad_class=True, **fields).d_out
+    assert sizes == PUBLISHED_SIZES.get(name, sizes)
+
+
+def check_paired_files(case):
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        for name, lines in case.meta['files'].items(): (folder/name).write_text('\n'.join(lines))
+        splits, sources, classes = read_splits(folder)
+        for split in splits:
+            write_pair(folder/f'{split}_51.src', read_pair(folder/f'{split}_50.src'))
+            for ending in ('src', 'tgt'):
+                written = (folder/f'{split}_51.{ending}').read_text()
+                assert written == (folder/f'{split}_50.{ending}').read_text() + '\n'
+    assert (list(sources), list(classes)) == (case.meta['src_vocab'], case.meta['tgt_vocab'])
+    assert (len(sources), len(classes)) == (case.meta['src_pad'], case.meta['tgt_pad'])
+    sizes = case.meta['in_vocab_size'], case.meta['out_vocab_size']
+    assert sizes == (len(sources) + 1, len(classes) + 1)
+    for split, (tokens, targets) in splits.items():
+        np.testing.assert_array_equal(case[f'out.{split}_src'], tokens)
+        np.testing.assert_array_equal(case[f'out.{split}_tgt'], targets)
+
+
+def check_bin_metric(case):
+    logits, targets = case['in.logits'], case['in.tgt'].long()
+    mask = targets != case.meta['pad']
+    tallies, pairs = {}, []
+    for start in range(0, len(logits), case.meta['batch_size']):
+        rows = slice(start, start + case.meta['batch_size'])
+        batch = Batch(targets[rows], targets[rows], mask[rows], mask[rows], mask[rows].sum(1))
+        pairs.append((Output(logits[rows]), batch))
+        add_tallies(tallies, TokenClassification().metrics(*pairs[-1]))
+    ours, loss = means(tallies), fastweight_protocol.mean_of_batches(TokenClassification(), pairs)
+    found = [loss, 100 * ours['sequence_accuracy'], 0, 100 * ours['accuracy']]
+    theirs = case['out.metrics']
+    case.close(torch.tensor(found[0]), theirs[0].float(), 'loss')  # of logits in single precision
+    case.close(torch.tensor(found[1:], dtype=torch.double), theirs[1:], 'accuracies')
+
+
 BUILT = {
     **dict.fromkeys(_stems('chunked', '''
         transformer_prenorm_causal transformer_prenorm_full transformer_postnorm_causal
@@ -504,6 +588,14 @@ BUILT = {
     **dict.fromkeys(_stems('counting', 'train_trace_ct train_trace_lstm train_trace_rnn'), check_train_trace),
     **dict.fromkeys(COUNTING_FILES, check_counting_file),
     'icl/looped_add': check_looped_add,
+    **dict.fromkeys(_stems('linear_fwp', '''
+        task_D-2 task_D-4 task_aa-star task_aastarbbstar-5 task_abab-star task_boolean-3 task_cab_n_abd
+        task_counter-2 task_counter-3 task_crl-1 task_crl-2 task_crl-3 task_crl-5 task_dyck-1 task_dyck-2
+        task_parity task_reset_dyck task_shuffle-2 task_shuffle-4 task_tomita-1 task_tomita-2 task_tomita-3
+        task_tomita-4 task_tomita-5 task_tomita-6 task_tomita-7
+    '''), check_language),
+    'linear_fwp/dataset': check_paired_files,
+    'linear_fwp/eval': check_bin_metric,
 }
 
 

@@ -16,10 +16,13 @@ from looped_nbs.training.loop import Trainer
 
 NAMES = families()  # one name for each class: published names of one family differ in their defaults
 TOKENS = [name for name in NAMES if name != 'linear_regression']
+LANGUAGES = [name for name in TOKENS if name.startswith('language_')]
 REFUSED = {  # (task, coding): the only combinations that may be refused
     *((task, 'prompt') for task in TOKENS),  # strings are not points and values
     *((task, 'forced') for task in TOKENS if 'forced' not in TASKS[task].codings),
-    *(('linear_regression', coding) for coding in ('last', 'prefix', 'tape', 'forced')),  # nor the other way
+    *((task, 'multi_hot') for task in TOKENS if task not in LANGUAGES),  # answers that are no sets
+    *((task, coding) for task in LANGUAGES for coding in ('last', 'tape')),  # whole strings are all accepted
+    *(('linear_regression', coding) for coding in CODINGS if coding != 'prompt'),  # nor the other way
 }
 SMALL = {  # used where a task or a model has a field of that name
     'min_length': 3, 'max_length': 5, 'test_length': 7, 'max_count': 4, 'test_count': 6, 'max_total': 9,

@@ -163,6 +163,7 @@ class Optim:
 class Train:
     "How long, on how much, and how the difficulty grows."
     steps: int = 1000 # optimiser steps
+    epochs: int = 0 # passes over a training split that lists its problems, in place of train.steps; 0: none
     batch_size: int = 64 # examples a step, over all processes and micro-batches
     accumulation: int = 1 # micro-batches a step; does not change the result
     ramps: tuple[str, ...] = () # curriculum of FIELD:START:END:ADD:STEPS, such as task.max_length:5:40:1:100
@@ -172,6 +173,7 @@ class Train:
     def __post_init__(self):
         for name in ('steps', 'batch_size', 'accumulation', 'log_every', 'checkpoint_every'):
             at_least(f'train.{name}', getattr(self, name), 1)
+        at_least('train.epochs', self.epochs, 0)
         if self.batch_size % self.accumulation:
             allowed = f'a divisor of train.batch_size = {self.batch_size}'
             raise FieldError('train.accumulation', self.accumulation, allowed)
@@ -196,8 +198,9 @@ class Evaluate:
 # %% ../../nbs/00_core/04_config.ipynb #a49c2bcd
 @dataclass
 class Run:
-    "Where and with what a run happens; nothing here changes what is learnt."
+    "Where and with what a run happens; apart from the precision, nothing here changes what is learnt."
     device: str = 'auto' # auto, cpu, cuda, cuda:1, mps
+    precision: str = 'fp32' # of matrix products in training: fp32, or bf16 with weights in fp32
     threads: int = 0 # CPU threads; 0: chosen by model size
     track: str = 'none' # none or wandb (WANDB_MODE=offline works)
     progress: bool = True # show a progress bar
@@ -206,6 +209,7 @@ class Run:
 
     def __post_init__(self):
         if not 0 <= self.threads <= 1024: raise FieldError('run.threads', self.threads, 'between 0 and 1024')
+        one_of('run.precision', self.precision, ['fp32', 'bf16'])
         one_of('run.track', self.track, ['none', 'wandb'])
 
 # %% ../../nbs/00_core/04_config.ipynb #ea3b1951

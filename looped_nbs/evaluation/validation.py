@@ -13,6 +13,7 @@ import torch
 
 from ..core.config import Evaluate
 from ..tasks.objectives import add_tallies, means
+from ..training.devices import sum_tallies
 from ..training.loop import Callback
 from ..training.runs import RunFolder
 
@@ -26,7 +27,7 @@ class Validate(Callback):
 
     def on_start(self, trainer):
         kept = self.run.path/'checkpoints'/'best'/'state.json'
-        if kept.exists(): self.best = json.loads(kept.read_text())['val_loss']
+        if trainer.first and kept.exists(): self.best = json.loads(kept.read_text())['val_loss']
 
     @torch.inference_mode()
     def measure(self,
@@ -36,14 +37,16 @@ class Validate(Callback):
         trainer.model.eval()
         objective, tallies, size = trainer.objective, {}, self.evaluate.batch_size
         for start in range(0, self.evaluate.examples, size):
-            batch = trainer.batch('val', start, min(size, self.evaluate.examples - start))
+            whole = trainer.batch('val', start, min(size, self.evaluate.examples - start))
+            batch = whole.rows(*trainer.place)
             output = trainer.model(batch)
             add_tallies(tallies, {'loss': objective.loss(output, batch)} | objective.metrics(output, batch))
-        return {f'val_{k}': v for k, v in means(tallies).items()}
+        return {f'val_{k}': v for k, v in means(sum_tallies(tallies, trainer.device)).items()}
 
     def on_step(self, trainer):
         if trainer.step % self.evaluate.validate_every and trainer.step != trainer.config.steps: return
         found = self.measure(trainer)
+        if not trainer.first: return
         self.run.log(trainer.step, found)
         if found['val_loss'] < self.best:
             self.best = found['val_loss']

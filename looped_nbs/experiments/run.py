@@ -31,13 +31,19 @@ from looped_nbs.tasks import (  # noqa: F401  register tasks
     counting_raspl,
     counting_selective,
     counting_shifted,
+    language_automata,
+    language_brackets,
+    language_counters,
+    language_nested,
+    language_repeats,
     regression,
     regular,
 )
 from ..tasks.task import TASKS, Task
 from ..training.callbacks import Checkpoints, MetricLog, Progress, WandbLog, import_wandb, restore
 from ..training.curriculum import Ramp
-from ..training.loop import Trainer, fit, pick_device, pick_threads
+from ..training.devices import pick_device, pick_threads, place
+from ..training.loop import Trainer, fit
 from ..training.runs import RunFolder, write_text
 
 # %% ../../nbs/08_experiments/05_run.ipynb #09e05365
@@ -92,9 +98,22 @@ def build(
         try: model = _inside('model', lambda: cls.from_task(task, **exp.model.kwargs))
         except (RuntimeError, MemoryError, OverflowError, TypeError) as e: raise _too_large(exp, e) from None
     model.check_time(task.max_positions())
+    if exp.train.epochs: exp.train.steps = _steps(exp.train, task.splits['train'])
     for ramp in map(Ramp.parse, exp.train.ramps): _check_ramp(ramp, exp, task)
     if exp.run.track == 'wandb': import_wandb()
     return task, model
+
+def _steps(train, split):
+    "The steps of all epochs; only a listed split has epochs."
+    if split.problems is None:
+        raise FieldError('train.epochs', train.epochs, '0: this task draws new problems at every step')
+    for ramp in train.ramps:
+        if ramp.startswith('task.'): raise FieldError('train.ramps', ramp, 'a field of the model, with epochs')
+    short, parts = split.size % train.batch_size, train.accumulation * place()[1]
+    if 0 < short < parts:
+        allowed = f'one that leaves at least {parts} of {split.size} problems for the last batch, or none'
+        raise FieldError('train.batch_size', train.batch_size, allowed)
+    return train.epochs * -(-split.size // train.batch_size)
 
 def _check_ramp(ramp, exp, task):
     "Refuse a ramp that sets nothing, or that leaves what is trained at its first or last value."
@@ -203,23 +222,27 @@ def _free_path(experiment):
 
 def train(
     experiment: Experiment, # what to run
-) -> Run | None: # the finished run, or None if it was interrupted
+) -> Run | None: # the finished run; None if it was interrupted, and in all processes but the first
     "Train and evaluate an experiment in a new run folder."
     task, model = build(experiment)
     torch.set_num_threads(pick_threads(model, experiment.run.threads))
-    pick_device(experiment.run.device)
-    folder = RunFolder.create(experiment, experiment.run.out or _free_path(experiment))
-    return _go(experiment, task, model, folder)
+    trainer, path = Trainer(model, task, experiment), experiment.run.out or _free_path(experiment)
+    return _go(trainer, RunFolder.create(experiment, path) if trainer.first else RunFolder(path))
 
 def resume(
     path: str, # a run folder
-) -> Run | None: # the finished run, or None if it was interrupted
-    "Go on where the newest checkpoint is, with the thread count the run began with; then evaluate."
+) -> Run | None: # the finished run; None if it was interrupted, and in all processes but the first
+    "Go on where the newest checkpoint is, with the threads and processes the run began with; then evaluate."
     folder, experiment, task, model = load(path)
     if (folder.path/'summary.json').exists(): return Run.open(path)
-    folder.lock()
-    torch.set_num_threads(folder.environment()['threads'])
-    return _go(experiment, task, model, folder)
+    began = folder.environment()
+    if (n := began['processes']) != place()[1]:
+        program = 'looped' if n == 1 else f'torchrun --nproc-per-node {n} -m looped_nbs.tools.cli'
+        raise FieldError('processes', place()[1], f'{n}, as the run began: {program} resume {path}')
+    torch.set_num_threads(began['threads'])
+    trainer = Trainer(model, task, experiment)
+    if trainer.first: folder.lock()
+    return _go(trainer, folder)
 
 def load(
     path: str, # a run folder
@@ -236,16 +259,21 @@ def load(
     return folder, experiment, *build(experiment)
 
 # %% ../../nbs/08_experiments/05_run.ipynb #fc7cfcfc
-def _go(exp, task, model, folder):
-    "Train to the end, evaluate and save."
-    trainer = Trainer(model, task, exp)
-    restore(trainer, folder)
+def _callbacks(exp, folder, first):
+    "What happens beside training; only the first of several processes writes and shows."
     callbacks = [MetricLog(folder)]
     if exp.evaluate.validate_every: callbacks.append(Validate(folder, exp.evaluate))
+    if not first: return callbacks
     if exp.run.track == 'wandb': callbacks.append(WandbLog(folder, exp.to_dict()))
     if exp.run.progress: callbacks.append(Progress(f'{exp.task.name}, {label(exp)}'))
+    return [*callbacks, Checkpoints(folder)]
+
+def _go(trainer, folder):
+    "Train to the end, evaluate and save."
+    exp, task, model = trainer.experiment, trainer.task, trainer.model
+    restore(trainer, folder)
     try:
-        if not fit(trainer, [*callbacks, Checkpoints(folder)]): return None
+        if not fit(trainer, _callbacks(exp, folder, trainer.first)) or not trainer.first: return None
         if exp.evaluate.select == 'best': folder.load_checkpoint(model, name='best')
         spent = {'steps': trainer.step, 'seconds': round(trainer.seconds, 1)}
         run = Run(folder.path, measure(exp, task, model, exp.evaluate) | spent)

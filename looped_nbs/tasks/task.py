@@ -8,6 +8,7 @@ __all__ = ['TASKS', 'register_task', 'Split', 'Task', 'range_of', 'check_task', 
 # %% ../../nbs/04_tasks/02_task.ipynb #48da36f7
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 from fastcore.basics import patch
@@ -146,6 +147,25 @@ def batches(self: Task,
         else: yield self.sample(split, seed, (epoch, step), rows.stop - rows.start)
 
 # %% ../../nbs/04_tasks/02_task.ipynb #c405d954
+@lru_cache(maxsize=2)
+def _order(seed, split, epoch, size):
+    "The order of one pass."
+    return numpy_stream(seed, split, 'order', epoch).permutation(size)
+
+@patch
+def shuffled(self: Task,
+    split: str, # name of a split that lists its problems
+    seed: int, # the experiment's seed
+    step: int, # which batch, over all passes
+    n: int, # examples in a batch; the last one of a pass may hold fewer
+) -> Batch: # a pure function of all of these
+    "Take one batch out of endless shuffled passes."
+    part = self.splits[one_of('split', split, self.splits)]
+    epoch, place = divmod(step, -(-part.size // n))
+    rows = _order(seed, split, epoch, part.size)[place * n:(place + 1) * n]
+    return self.encode({k: v[rows] for k, v in part.problems.items()})
+
+# %% ../../nbs/04_tasks/02_task.ipynb #beb9351b
 @patch
 def axis_range(self: Task,
     split: str, # name of a split
@@ -188,7 +208,7 @@ def show(self: Task,
     line = lambda words: ' '.join(w.rjust(k) for w, k in list(zip(words, widths, strict=True))[:n])
     return f'in  {line(tokens)}\nout {line(wanted)}'
 
-# %% ../../nbs/04_tasks/02_task.ipynb #beb9351b
+# %% ../../nbs/04_tasks/02_task.ipynb #47138be1
 def check_task(
     task: Task, # what to check
     n: int = 200, # problems of every split
@@ -205,7 +225,7 @@ def check_task(
         known = task.features or one.targets[one.loss_mask].max() < task.d_out
         assert known, f'{split}: an unknown answer'
 
-# %% ../../nbs/04_tasks/02_task.ipynb #47138be1
+# %% ../../nbs/04_tasks/02_task.ipynb #5b43fc56
 def ordered(
     **bounds: int, # names and values, from small to large
 ) -> None:

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -139,7 +140,8 @@ def read_experiment(
 
 # %% ../../nbs/09_tools/03_cli.ipynb #0e59ed51
 def _report(run, as_json=False):
-    "Print a finished run, or say how to go on; return the exit code."
+    "Print a finished run or say how to go on, in the first of several processes; return the exit code."
+    if run is None and os.environ.get('RANK', '0') != '0': return 0
     if run is None:
         print('looped: stopped early; a checkpoint is saved, go on with `looped resume`', file=sys.stderr)
         return 1
@@ -207,6 +209,7 @@ def _write_data(task, folder, count, seed):
     from tqdm.auto import tqdm
 
     from looped_nbs.tasks.files import to_examples, write_examples
+    from looped_nbs.tasks.paired_files import write_pair
     files = {name: folder/task.files.get(name, f'{name}.txt') for name in task.splits}
     for file in files.values():
         if file.exists(): raise FieldError('out', str(folder), f'a folder without {file.name}')
@@ -218,7 +221,8 @@ def _write_data(task, folder, count, seed):
             yield from to_examples(problem, task.symbols, task.answers)
     for name, file in files.items():
         size = task.splits[name].size if task.splits[name].problems is not None else count
-        lines = write_examples(file, tqdm(examples(name, size), total=size, desc=name, unit='line'))
+        write = write_pair if file.suffix == '.src' else write_examples
+        lines = write(file, tqdm(examples(name, size), total=size, desc=name, unit='line'))
         print(f'{file}: {lines:,} lines')
     return 0
 
@@ -367,6 +371,8 @@ def _run(argv):
     "Call a verb: those with fields of an experiment take the words, others are called by their signature."
     name, words = one_of('verb', argv[0], VERBS), argv[1:]
     verb = VERBS[name]
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1 and name not in ('train', 'resume'):
+        raise FieldError('verb', name, 'train or resume in several processes')
     if 'argv' in inspect.signature(verb).parameters: return verb(words)
     return call(verb, name, words, _POSITIONAL)
 
@@ -382,11 +388,19 @@ def main(
     try: return _run(argv)
     except InputError as e: code, message = 2, str(e)
     except KeyboardInterrupt: code, message = 1, 'interrupted'
+    except BrokenPipeError: # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as e: code, message = 1, str(e)
     except SystemExit as e: return e.code or 0
     except MemoryError as e: code, message = 1, f'out of memory: {e}'
     except RuntimeError as e:
         if type(e).__name__ != 'Diverged' and 'alloc' not in str(e): raise
         code, message = 1, str(e)
-    print(f'looped: {" ".join(message.split())}', file=sys.stderr)
+    rank = os.environ.get('RANK', '0')
+    process = '' if rank == '0' else f' [process {rank}]'
+    print(f'looped{process}: {" ".join(message.split())}', file=sys.stderr)
     return code
+
+# %% ../../nbs/09_tools/03_cli.ipynb #5c1313be
+if __name__ == '__main__' and __spec__: sys.exit(main()) # as `python -m` does; a notebook has no spec

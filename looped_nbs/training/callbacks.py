@@ -11,7 +11,7 @@ import time
 from tqdm.auto import tqdm
 
 from ..core.errors import FieldError
-from ..tasks.objectives import add_tallies, means
+from ..tasks.objectives import means
 from .loop import Callback, Trainer
 from .runs import RunFolder
 
@@ -41,13 +41,13 @@ class MetricLog(Callback):
     ): self.run = run
 
     def on_start(self, trainer):
-        self.run.rewind(trainer.step)
+        if trainer.first: self.run.rewind(trainer.step)
         self.began, self.first = time.perf_counter(), trainer.step
 
     def on_step(self, trainer):
         if trainer.step % trainer.config.log_every and trainer.step != trainer.config.steps: return
-        tallies = {}
-        for output, batch in trainer.outputs: add_tallies(tallies, trainer.objective.metrics(output, batch))
+        tallies = trainer.tallies() # every process adds its own, one writes
+        if not trainer.first: return
         speed = (trainer.step - self.first) * trainer.config.batch_size / (time.perf_counter() - self.began)
         numbers = {k: float(v) for k, v in trainer.last.items()} | means(tallies)
         self.run.log(trainer.step, numbers | {'examples_per_second': round(speed, 1)})
@@ -62,7 +62,7 @@ def restore(
     if state: trainer.step, trainer.seconds = state['step'], state['seconds']
 
 class Checkpoints(Callback):
-    "Write a checkpoint every `checkpoint_every` steps, and at the end."
+    "Write a checkpoint every `checkpoint_every` steps, and at the end; for one of several processes."
     def __init__(self,
         run: RunFolder, # where to write
     ): self.run, self.saved = run, None

@@ -24,6 +24,7 @@ from torch import nn
 import looped_nbs
 from ..core.config import Experiment, read_yaml
 from ..core.errors import DataError, FieldError, InputError
+from .devices import place
 
 # %% ../../nbs/05_training/02_runs.ipynb #50982aca
 def sync(
@@ -57,7 +58,8 @@ def environment() -> dict: # plain values, for environment.json
     version = looped_nbs.__version__
     return {'looped_nbs': version, 'python': sys.version.split()[0], 'torch': torch.__version__,
             'commit': _git_commit(), 'machine': platform.machine(), 'system': platform.system(),
-            'cpus': os.cpu_count(), 'gpu': cuda, 'threads': torch.get_num_threads()}
+            'cpus': os.cpu_count(), 'gpu': cuda, 'threads': torch.get_num_threads(),
+            'processes': place()[1]}
 
 # %% ../../nbs/05_training/02_runs.ipynb #0e9b2096
 _PARTS = ('checkpoints', 'figures', 'plugins')
@@ -122,7 +124,8 @@ class RunFolder:
         file = self.path/'environment.json'
         try:
             found = json.loads(file.read_text())
-            if not found['threads'] >= 1: raise ValueError('threads is not a number of at least 1')
+            for name in ('threads', 'processes'):
+                if not found[name] >= 1: raise ValueError(f'{name} is not a number of at least 1')
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise InputError(f'{file}: damaged ({e})') from None
         return found
