@@ -14,7 +14,7 @@ BASE := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
-.PHONY: help demo test notebook docs bench lint setup clean
+.PHONY: help demo test notebook docs bench lint cuda-check setup clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,12 +33,16 @@ docs: $(DEV)  ## build the website with Quarto; without Quarto, check its pages
 	  echo 'Quarto is not installed (https://quarto.org), so no website: checking plain pages into _site_check.'; \
 	  python -m looped_nbs.tools.docs --out _site_check $(ARGS); fi
 
-bench: $(BASE)  ## time the tasks and the training loop on this machine
+bench: $(BASE)  ## time the operators, the tasks and the training loop on this machine
+	@$(RUN) looped bench ops $(ARGS)
 	@$(RUN) looped bench tasks $(ARGS)
 	@$(RUN) looped bench train $(ARGS)
 
 lint: $(DEV)  ## ruff
 	@$(RUN) python -m ruff check looped_nbs tests setup.py $(ARGS)
+
+cuda-check: $(BASE)  ## compile the CUDA sources; needs nvcc and no GPU
+	@$(RUN) python -m looped_nbs.tools.doctor $(ARGS)
 
 setup: $(DEV)  ## create .venv with everything for development
 

@@ -24,5 +24,10 @@ nbdev_test --n_workers 2 --timing
 stage "pages"
 python -m looped_nbs.tools.docs
 
+if command -v nvcc > /dev/null; then
+  stage "CUDA sources"
+  python -m looped_nbs.tools.doctor
+fi
+
 stage "tests"
 python -m pytest tests -q "$@"

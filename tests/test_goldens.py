@@ -30,8 +30,9 @@ from looped_nbs.layers.attention import Attention
 from looped_nbs.layers.block import Block, FeedForward
 from looped_nbs.layers.fast_weights import DeltaRule, ElementwiseLSTM, LinearAttention, RecurrentDelta, SRWM
 from looped_nbs.layers.positions import build_positions
-from looped_nbs.ops.delta import delta_rule
-from looped_nbs.ops.linear_attention import linear_attention
+from looped_nbs.ops.delta import DELTA
+from looped_nbs.ops.linear_attention import LINEAR_ATTENTION
+from looped_nbs.ops.operator import call, here
 from looped_nbs.ops.recurrent_delta import recurrent_delta
 from looped_nbs.ops.srwm import srwm
 from looped_nbs.tasks import (  # noqa: F401, register the tasks
@@ -419,6 +420,23 @@ def check_counting_recurrent(case):
     case.close(output.final, case['out.logits'], 'out.logits')
 
 
+def check_fast_weights(case):
+    operator = {'sum': LINEAR_ATTENTION, 'delta': DELTA}[case.meta['op']]
+    names = dict(zip(operator.inputs, ('q', 'k', 'v', 'beta'), strict=False))
+    def swap(x): return x.transpose(1, 2)  # heads before time there
+    inputs = [swap(case[f'in.{n}']) for n in names]
+    if 'beta' in names: inputs[-1] = inputs[-1].squeeze(-1)
+    for form in ('naive', *here(operator)):
+        leaves = [x.clone().requires_grad_() for x in (*inputs, case['in.W0'])]
+        y = call(operator, tuple(leaves[:-1]), leaves[-1], impl=form)
+        case.close(swap(y), case['out.y'], f'{form}: out.y')
+        *grads, grad_state = torch.autograd.grad(y, leaves, swap(case['in.grad_out']))
+        if 'beta' in names: grads[-1] = grads[-1][..., None]
+        for name, grad in zip(names, grads, strict=True):
+            case.close(swap(grad), case[f'grad.{name}'], f'{form}: {name}')
+        case.close(grad_state, case['grad.W0'], f'{form}: grad.W0')
+
+
 FILE_RULES = (  # folder and file: the rule of its lines, where that is not the rule of the folder's task
     (r'.*/addbigram_(upto200_)?test', label_addbigram),
     (r'.*/addbigram_\w*seq_test', label_fillers),
@@ -563,10 +581,7 @@ def check_bin_metric(case):
 
 
 TIME_FIRST = 'batch heads time d -> batch time heads d'
-OPERATORS = {  # stem: function, pattern of each argument, arguments that are states
-    'op_sum': (linear_attention, dict.fromkeys(('q', 'k', 'v'), TIME_FIRST), ['W0']),
-    'op_delta': (delta_rule, dict.fromkeys(('q', 'k', 'v'), TIME_FIRST)
-                 | {'beta': 'batch heads time 1 -> batch time heads'}, ['W0']),
+RECURRENT = {  # stem: function, pattern of each argument, arguments that are states
     'op_rec': (recurrent_delta, dict.fromkeys(('qx', 'kx', 'vx'), TIME_FIRST)
                | {'bx': 'batch heads time 1 -> batch time heads'}
                | dict.fromkeys(('R_q', 'R_k', 'R_v'), '1 heads e m -> heads e m')
@@ -575,11 +590,10 @@ OPERATORS = {  # stem: function, pattern of each argument, arguments that are st
 }
 
 
-def check_operator(case):
-    operator, patterns, states = OPERATORS[case.stem.removeprefix('linear_fwp/')]
+def check_recurrent_operator(case):
+    operator, patterns, states = RECURRENT[case.stem.removeprefix('linear_fwp/')]
     leaves = {n: case[f'in.{n}'].requires_grad_() for n in (*patterns, *states)}
-    kept = [leaves[n] if n == 'W0' else leaves[n].squeeze(2) for n in states]
-    more = {'state': kept[0] if len(kept) == 1 else tuple(kept)} if kept else {}
+    more = {'state': (leaves['W0'], leaves['h0'].squeeze(2))} if states else {}
     for form in ('naive', 'auto'):
         y = operator(*(rearrange(leaves[n], p) for n, p in patterns.items()), **more, impl=form)
         y = rearrange(y, 'batch time heads d -> batch heads time d')
@@ -701,6 +715,7 @@ BUILT = {
     'counting/metric_get_acc': check_metric,
     **dict.fromkeys(_stems('counting', 'train_trace_ct train_trace_lstm train_trace_rnn'), check_train_trace),
     **dict.fromkeys(COUNTING_FILES, check_counting_file),
+    **{f'linear_fwp/op_{name}': check_fast_weights for name in ('sum', 'delta')},
     'icl/looped_add': check_looped_add,
     **dict.fromkeys(_stems('linear_fwp', '''
         task_D-2 task_D-4 task_aa-star task_aastarbbstar-5 task_abab-star task_boolean-3 task_cab_n_abd
@@ -708,7 +723,7 @@ BUILT = {
         task_parity task_reset_dyck task_shuffle-2 task_shuffle-4 task_tomita-1 task_tomita-2 task_tomita-3
         task_tomita-4 task_tomita-5 task_tomita-6 task_tomita-7
     '''), check_language),
-    **dict.fromkeys(_stems('linear_fwp', 'op_sum op_delta op_rec op_srwm'), check_operator),
+    **dict.fromkeys(_stems('linear_fwp', 'op_rec op_srwm'), check_recurrent_operator),
     **dict.fromkeys(_stems('linear_fwp', '''
         layer_Attentionlayer layer_FastFFlayer layer_LinearAttentionlayer layer_RecUpdateTanhFastFFlayer
         layer_SRWMlayer

@@ -201,17 +201,24 @@ def _numbers(text):
     return {'registers': find(r'Used (\d+) registers'), 'spilled': find(r'(\d+) bytes spill stores'),
             'stack': find(r'(\d+) bytes stack frame')}
 
+def _plain_names(rows):
+    "Give kernels the names they have in the source, where a program that knows them is installed."
+    program = shutil.which('cu++filt') or shutil.which('c++filt')
+    names = _run([program, *[r['kernel'] for r in rows]]).splitlines() if program and rows else []
+    for row, name in zip(rows, names, strict=False):
+        row['kernel'] = re.sub(r'.*?(\w+<[^<>]*>)\(.*', r'\1', name.replace('(int)', ''))
+    return rows
+
 def cuda_check(
-    targets: tuple = ('sm_80', 'sm_90'), # generations of GPUs
+    targets: tuple = ('80', '90'), # generations of GPUs
 ) -> list[dict]: # one row per kernel and target
     "Compile every CUDA source and say what each kernel needs; an `InputError` tells of one that does not compile."
-    rows = []
+    rows, wanted = [], [w for t in targets for w in ('-gencode', f'arch=compute_{t},code=sm_{t}')]
     for source in sorted(SOURCES.glob('*.cu')):
-        for target in targets:
-            with tempfile.TemporaryDirectory() as scratch:
-                flags = [*_flags('cuda', target), '-Xptxas', '-v', '-o', f'{scratch}/library.so']
-                try: said = _run([*compiler('cuda')[0], *flags, str(source)])
-                except Unavailable as e: raise InputError(f'{source.name} for {target}: {e}') from e
-            rows += [{'source': source.name, 'target': target, 'kernel': name} | _numbers(text)
-                     for name, _, text in _KERNEL.findall(said)]
-    return rows
+        with tempfile.TemporaryDirectory() as scratch:
+            flags = [*_CUDA.split(), *wanted, '-Xptxas', '-v', '-o', f'{scratch}/library.so']
+            try: said = _run([*compiler('cuda')[0], *flags, str(source)], 900)
+            except Unavailable as e: raise InputError(f'{source.name}: {e}') from e
+        rows += [{'source': source.name, 'target': target, 'kernel': name} | _numbers(text)
+                 for name, target, text in _KERNEL.findall(said)]
+    return _plain_names(rows)

@@ -129,14 +129,14 @@ def _kernel(source, kind, direction, dtype):
 def _form(name, impl, device, dtype): return choose(OPERATORS[name], impl, device, dtype)[0]
 
 # %% ../../nbs/01_ops/01_operator.ipynb #4e6abdfc
-_PAD = {n: (0,) * (4 - n) for n in range(5)}
+_PAD = {n: (0,) * (4 - n) for n in range(6)} # strides that a tensor does not have
 
 def _rows(tensors):
     "Address and strides of each tensor as one array of integers."
     numbers = []
     for x in tensors:
         if x is None: numbers += (0, 0, 0, 0, 0)
-        else: numbers += (x.data_ptr(), *x.stride(), *_PAD[x.dim()])
+        else: numbers += (x.data_ptr(), *x.stride()[-4:], *_PAD[x.dim()])
     return (ctypes.c_int64 * len(numbers))(*numbers)
 
 def _run(operator, direction, sizes, like, tensors, small):
@@ -162,7 +162,8 @@ def forward(
     sizes, like = operator.sizes(tensors), tensors[0]
     new = [_empty(like, sizes, operator.words['y'])]
     new += [_empty(like, sizes, operator.words[n], _state_dtype(like.dtype)) for n in operator.states]
-    kept = [_empty(like, sizes, operator.words[n]) if keep else None for n in operator.keeps]
+    kept = [_empty(like, sizes, operator.words[n], _state_dtype(like.dtype)) if keep else None
+            for n in operator.keeps]
     _run(operator, 'forward', sizes, like, (*tensors, *new, *kept), new[0].numel() < 2048)
     return *new, *kept
 
@@ -177,12 +178,14 @@ def backward(
     for name, x in zip(operator.arguments, tensors[:n], strict=True):
         words = partial[name].split() if name in partial else operator.words[name]
         every = sizes | {'slabs': -(-sizes['d_v'] // 32)} if 'slabs' in words else sizes
-        new.append(None if x is None else _empty(like, every, words, x.dtype))
+        summed = _state_dtype(like.dtype) if name in partial else None
+        new.append(None if x is None else _empty(like, every, words, summed or x.dtype))
     _run(operator, 'backward', sizes, like, (*tensors, *gradients, *new), tensors[n - 1] is None and like.numel() < 2048)
     for i, name in enumerate(operator.arguments):
         if name not in partial or new[i] is None: continue
         own = operator.words[name]
-        new[i] = new[i].sum([axis for axis, w in enumerate(partial[name].split()) if w not in own])
+        extra = [axis for axis, w in enumerate(partial[name].split()) if w not in own]
+        new[i] = new[i].sum(extra).to(tensors[i].dtype)
     return new
 
 # %% ../../nbs/01_ops/01_operator.ipynb #3b422eeb
@@ -226,7 +229,8 @@ def _register(operator):
         sizes, like, keep = operator.sizes(args), args[0], args[n]
         new = [_empty(like, sizes, operator.words['y'])]
         new += [_empty(like, sizes, operator.words[w], _state_dtype(like.dtype)) for w in operator.states]
-        return *new, *(_empty(like, sizes, operator.words[w]) if keep else like.new_empty(0) for w in operator.keeps)
+        kept = [_empty(like, sizes, operator.words[w], _state_dtype(like.dtype)) for w in operator.keeps]
+        return *new, *(kept if keep else [like.new_empty(0)] * len(kept))
     def shape_back(*args):
         return whole([None if x is None else x.new_empty(x.shape) for x in args[:n]], args[0])
     def remember(ctx, inputs, output):
@@ -259,11 +263,13 @@ def call(
     tensors, dtype = (*inputs, *states), getattr(inputs[0], 'dtype', None)
     sizes = check(operator, tensors)
     form = _form(operator.name, impl, inputs[0].device.type, dtype)
-    if _state_dtype(dtype) != dtype and not (form == 'cuda' and dtype == torch.bfloat16):
+    if _widened(dtype, form):
         tensors = (*(x.float() for x in inputs), *states)
     results = _compiled(operator, tensors) if form in COMPILED else _python(operator, form, tensors, sizes)
     y, finals = results[0].to(dtype), results[1:1 + len(states)]
     return (y, finals[0] if single else finals) if return_state else y
+
+def _widened(dtype, form): return _state_dtype(dtype) != dtype and dtype not in COMPILED.get(form, ())
 
 def _compiled(operator, tensors):
     "Compiled code, directly or as a registered operator."

@@ -47,7 +47,7 @@ RECURRENT_DELTA = Operator('recurrent_delta', 'recurrent_delta',
                                             'r_beta': 'heads d_k'},
     states={'W': f'batch {_MATRIX}', 'last': 'batch heads d_k'}, output=_VECTOR, naive=naive,
     keeps=dict.fromkeys(('query', 'key', 'difference'), _VECTOR) | {'rate': _NUMBER, 'before': _VECTOR},
-    partial={'cpu': _SUMMED, 'cuda': _SUMMED},
+    partial={'cpu': _SUMMED, 'cuda': _SUMMED}, finite=('beta',),
     flops=lambda sizes: (12 * sizes['d_k'] ** 2, 38 * sizes['d_k'] ** 2), sample=_sample)
 
 # %% ../../nbs/01_ops/05_recurrent_delta.ipynb #c70ffcd1

@@ -6,7 +6,7 @@
 
 namespace {
 
-constexpr int kMaxDim = 256;
+constexpr int kMaxDim = 256, kAhead = 12;
 
 struct Call {
   const Tensor* t;
@@ -35,11 +35,36 @@ struct Forward : Call {
     return status;
   }
 
+  // Add what the last block wrote, read for this one. Sums are local: what is only counted up stays in registers.
+  template <class T, int W, int N, int Steps> NBS_SHARED void sweep(
+      T* state, const T (*k_last)[kMaxDim], const T (*k)[kMaxDim], const T (*q)[kMaxDim],
+      const V<T, W> (&write)[Steps][N], V<T, W> (&all_old)[Steps][N], V<T, W> (&all_y)[Steps][N]) const {
+    V<T, W> old[Steps][N] = {}, y[Steps][N] = {};
+    for (int e = 0; e < d_k; e++)
+#pragma GCC unroll 2
+      for (int n = 0; n < N; n++) {
+        V<T, W> row = load<T, W>(state + (e * N + n) * W);
+#pragma GCC unroll 4
+        for (int s = 0; s < Steps; s++) delta_write_row(row, k_last[s][e], write[s][n]);
+        store<T, W>(state + (e * N + n) * W, row);
+#pragma GCC unroll 4
+        for (int s = 0; s < Steps; s++) delta_read_row(row, k[s][e], q[s][e], old[s][n], y[s][n]);
+      }
+#pragma GCC unroll 4
+    for (int s = 0; s < Steps; s++)
+#pragma GCC unroll 2
+      for (int n = 0; n < N; n++) {
+        all_old[s][n] = old[s][n];
+        all_y[s][n] = y[s][n];
+      }
+  }
+
   // False if a beta is not finite.
   template <class T, int W, int N> bool slab(int64_t b, int64_t h, int first) const {
-    constexpr int Steps = NBS_REGISTERS >= 32 ? 4 : 2, Columns = W * N;
+    constexpr int Steps = NBS_REGISTERS >= 32 ? 4 : 2, Columns = W * N, Pairs = Steps * Steps + W;
     const int columns = d_v - first < Columns ? d_v - first : Columns, padded = round_up(d_k, W);
     alignas(64) T state[kMaxDim * Columns], q[Steps][kMaxDim], k[2][Steps][kMaxDim], buffer[Columns];
+    alignas(64) T qk[Pairs], kk[Pairs];
     V<T, W> write[Steps][N] = {};
     for (int e = 0; e < d_k; e++)
       read_columns(4, t[4].at<T>(b, h, e), first, state + e * Columns, Columns, columns);
@@ -48,29 +73,39 @@ struct Forward : Call {
     for (int step = 0, now = 0; step < time; step += Steps, now = 1 - now) {
       const int real = time - step < Steps ? time - step : Steps;
       for (int s = 0; s < Steps; s++) {
+        if (step + s + kAhead < time) {
+          for (int i : {0, 1}) ahead(t[i].at<T>(b, step + s + kAhead, h), d_k);
+          ahead(part(t[2], t[2].at<T>(b, step + s + kAhead, h), first), columns);
+          for (int i : {5, 7}) ahead<true>(part(t[i], t[i].at<T>(b, step + s + kAhead, h), first), columns);
+        }
         read(q[s], padded, s < real ? t[0].at<T>(b, step + s, h) : nullptr, t[0].stride[3], d_k);
         read(k[now][s], padded, s < real ? t[1].at<T>(b, step + s, h) : nullptr, t[1].stride[3], d_k);
       }
-      V<T, W> old[Steps][N] = {}, y[Steps][N] = {};
-      for (int e = 0; e < d_k; e++)
-        for (int n = 0; n < N; n++) {
-          V<T, W> row = load<T, W>(state + e * Columns + n * W);
-          for (int s = 0; s < Steps; s++) delta_write_row(row, k[1 - now][s][e], write[s][n]);
-          store<T, W>(state + e * Columns + n * W, row);
-          for (int s = 0; s < Steps; s++) delta_read_row(row, k[now][s][e], q[s][e], old[s][n], y[s][n]);
-        }
+      for (int base = 0; base < Steps * Steps; base += W) {  // products of step s with step r, at s * Steps + r
+        const auto pair = [&](int i, V<T, W>* x) __attribute__((always_inline)) {
+          const int s = (base + i) / Steps, r = (base + i) % Steps;
+          x[0] = x[1] = V<T, W>{};
+          if (s < Steps && r <= s) x[0] = products<T, W>(q[s], k[now][r], padded);
+          if (s < Steps && r < s) x[1] = products<T, W>(k[now][s], k[now][r], padded);
+        };
+        V<T, W> sums[2];
+        Fold<T, W>::template rows<2>(pair, 0, sums);
+        store<T, W>(qk + base, sums[0]);
+        store<T, W>(kk + base, sums[1]);
+      }
+      V<T, W> old[Steps][N], y[Steps][N];
+      sweep<T, W, N, Steps>(state, k[1 - now], k[now], q, write, old, y);
       for (int s = 0; s < Steps; s++) {
         if (s < real) {
-          for (int r = 0; r < s; r++) {
-            const T kk = dot<T, W>(k[now][s], k[now][r], padded), qk = dot<T, W>(q[s], k[now][r], padded);
-            for (int n = 0; n < N; n++) delta_earlier(kk, qk, write[r][n], old[s][n], y[s][n]);
-          }
-          const T beta = *t[3].at<T>(b, step + s, h), qk = dot<T, W>(q[s], k[now][s], padded);
+          const T *qk_s = qk + s * Steps, *kk_s = kk + s * Steps;
+          for (int r = 0; r < s; r++)
+            for (int n = 0; n < N; n++) delta_earlier(kk_s[r], qk_s[r], write[r][n], old[s][n], y[s][n]);
+          const T beta = *t[3].at<T>(b, step + s, h);
           finite &= bool(std::isfinite(beta));
           read_columns(2, t[2].at<T>(b, step + s, h), first, buffer, Columns, columns);
           for (int n = 0; n < N; n++) {
             V<T, W> error;
-            delta_finish(load<T, W>(buffer + n * W), old[s][n], beta, qk, error, write[s][n], y[s][n]);
+            delta_finish(load<T, W>(buffer + n * W), old[s][n], beta, qk_s[s], error, write[s][n], y[s][n]);
             store<T, W>(buffer + n * W, error);
           }
           ::write(part(t[7], t[7].at<T>(b, step + s, h), first), t[7].stride[3], buffer, columns);
@@ -119,6 +154,12 @@ struct Backward : Call {
     std::memset(k, 0, sizeof(k));
     for (int step = time - 1, now = 0; step >= -1; step--, now = 1 - now) {
       const bool real = step >= 0;
+      if (step >= kAhead) {
+        for (int i : {0, 1}) ahead(t[i].at<T>(b, step - kAhead, h), d_k);
+        for (int i : {9, 10}) ahead<true>(t[i].at<T>(b, step - kAhead, h), d_k);
+        for (int i : {6, 7}) ahead(part(t[i], t[i].at<T>(b, step - kAhead, h), first), columns);
+        ahead<true>(part(t[11], t[11].at<T>(b, step - kAhead, h), first), columns);
+      }
       read(q, rows, real ? t[0].at<T>(b, step, h) : nullptr, t[0].stride[3], d_k);
       read(k[now], rows, real ? t[1].at<T>(b, step, h) : nullptr, t[1].stride[3], d_k);
       read_columns(7, real ? t[7].at<T>(b, step, h) : nullptr, first, buffer, Columns, columns);

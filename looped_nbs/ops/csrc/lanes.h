@@ -41,14 +41,20 @@ template <class T, int W> struct Fold {
     return (g % half * 2 + high) * group + in + (g / half) * W;
   }
 
+#if defined(__clang__) || __GNUC__ >= 12
+#define NBS_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+  typedef V<typename std::conditional<sizeof(T) == 4, int32_t, int64_t>::type, W> Places;
+#define NBS_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Places{__VA_ARGS__})
+#endif
+
   template <int Rows, bool High, size_t... I>
   static NBS_SHARED V<T, W> shuffle(const V<T, W>& a, const V<T, W>& b, std::index_sequence<I...>) {
-#if defined(__clang__) || __GNUC__ >= 12
-    return __builtin_shufflevector(a, b, pick(Rows, I, High)...);
-#else
-    typedef V<typename std::conditional<sizeof(T) == 4, int32_t, int64_t>::type, W> Mask;
-    return __builtin_shuffle(a, b, Mask{pick(Rows, I, High)...});
-#endif
+    return NBS_SHUFFLE(a, b, pick(Rows, I, High)...);
+  }
+
+  template <int Half, size_t... I> static NBS_SHARED V<T, W> exchange(const V<T, W>& a, std::index_sequence<I...>) {
+    return NBS_SHUFFLE(a, a, int(I ^ Half)...);
   }
 
   template <int Rows> static NBS_SHARED V<T, W> merge(const V<T, W>& a, const V<T, W>& b) {
@@ -69,27 +75,30 @@ template <class T, int W> struct Fold {
   }
 };
 
-template <class T, int W> NBS_SHARED T sum(const V<T, W>& x) {
-  if constexpr (W == 1) {
-    return x[0];
-  } else {
-    T parts[W];
-    std::memcpy(parts, &x, sizeof(x));
-    const V<T, W / 2> halves = load<T, W / 2>(parts) + load<T, W / 2>(parts + W / 2);
-    return sum<T, W / 2>(halves);
-  }
+// Exchange halves, then quarters, and so on, until every lane holds the sum.
+template <class T, int W, int Half = W / 2> NBS_SHARED T sum(const V<T, W>& x) {
+  if constexpr (Half == 0) return x[0];
+  else return sum<T, W, Half / 2>(x + Fold<T, W>::template exchange<Half>(x, std::make_index_sequence<W>()));
 }
 
-template <class T, int W> NBS_SHARED T dot(const T* a, const T* b, int n) {  // n is a multiple of W
+template <class T, int W> NBS_SHARED V<T, W> products(const T* a, const T* b, int n) {  // n is a multiple of W
   V<T, W> total = {};
   for (int i = 0; i < n; i += W) total += load<T, W>(a + i) * load<T, W>(b + i);
-  return sum<T, W>(total);
+  return total;
+}
+
+template <class T> NBS_SHARED void copy(T* to, const T* from, int n) {
+  constexpr int W = NBS_REGISTER_BYTES / sizeof(T), Few = 16 / sizeof(T);
+  int i = 0;
+  for (; i + W <= n; i += W) store<T, W>(to + i, load<T, W>(from + i));
+  for (; i + Few <= n; i += Few) store<T, Few>(to + i, load<T, Few>(from + i));
+  for (; i < n; i++) to[i] = from[i];
 }
 
 // Copy n numbers to the front of `padded` and fill it up with zeros; an absent tensor counts as zeros.
 template <class T> NBS_SHARED void read(T* to, int padded, const T* from, int64_t stride, int n) {
   if (!from) n = 0;
-  if (stride == 1) std::memcpy(to, from, n * sizeof(T));
+  if (stride == 1) copy(to, from, n);
   else for (int i = 0; i < n; i++) to[i] = from[i * stride];
   for (int i = n; i < padded; i++) to[i] = 0;
 }
@@ -97,8 +106,14 @@ template <class T> NBS_SHARED void read(T* to, int padded, const T* from, int64_
 template <class T> NBS_SHARED void write(T* to, int64_t stride, const T* from, int n, bool add = false) {
   if (!to) return;
   if (add) for (int i = 0; i < n; i++) to[i * stride] += from[i];
-  else if (stride == 1) std::memcpy(to, from, n * sizeof(T));
+  else if (stride == 1) copy(to, from, n);
   else for (int i = 0; i < n; i++) to[i * stride] = from[i];
+}
+
+// Ask for n numbers that will be read or written soon: rows of one head lie apart, too far for the processor to guess.
+template <bool Write = false, class T> NBS_SHARED void ahead(const T* row, int n) {
+  if (!row) return;
+  for (int i = 0; i < n; i += 64 / int(sizeof(T))) __builtin_prefetch(row + i, Write);
 }
 
 constexpr int round_up(int n, int step) { return (n + step - 1) / step * step; }

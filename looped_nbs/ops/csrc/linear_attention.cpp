@@ -5,7 +5,7 @@
 
 namespace {
 
-constexpr int kMaxDim = 256;
+constexpr int kMaxDim = 256, kAhead = 12;
 
 struct Call {
   const Tensor* t;
@@ -22,6 +22,25 @@ struct Forward : Call {
     return 0;
   }
 
+  // A block of steps in one sweep over the rows. Sums are local: what is only counted up stays in registers.
+  template <class T, int W, int N, int Steps> NBS_SHARED void sweep(
+      T* state, const T (*k)[kMaxDim], const T (*q)[kMaxDim], const V<T, W> (&v)[Steps][N],
+      V<T, W> (&all_y)[Steps][N]) const {
+    V<T, W> y[Steps][N] = {};
+    for (int e = 0; e < d_k; e++)
+#pragma GCC unroll 2
+      for (int n = 0; n < N; n++) {
+        V<T, W> row = load<T, W>(state + (e * N + n) * W);
+#pragma GCC unroll 4
+        for (int s = 0; s < Steps; s++) linear_forward_row(row, k[s][e], v[s][n], q[s][e], y[s][n]);
+        store<T, W>(state + (e * N + n) * W, row);
+      }
+#pragma GCC unroll 4
+    for (int s = 0; s < Steps; s++)
+#pragma GCC unroll 2
+      for (int n = 0; n < N; n++) all_y[s][n] = y[s][n];
+  }
+
   template <class T, int W, int N> void slab(int64_t b, int64_t h, int first) const {
     constexpr int Steps = NBS_REGISTERS >= 32 ? 4 : 2, Columns = W * N;
     const int columns = d_v - first < Columns ? d_v - first : Columns;
@@ -31,21 +50,21 @@ struct Forward : Call {
       read(state + e * Columns, Columns, from ? from + first * t[3].stride[3] : from, t[3].stride[3], columns);
     }
     for (int step = 0; step < time; step += Steps) {
-      V<T, W> v[Steps][N], y[Steps][N] = {};
+      V<T, W> v[Steps][N], y[Steps][N];
       for (int s = 0; s < Steps; s++) {
         const bool real = step + s < time;
+        if (step + s + kAhead < time) {
+          for (int i = 0; i < 2; i++) ahead(t[i].at<T>(b, step + s + kAhead, h), d_k);
+          ahead(t[2].at<T>(b, step + s + kAhead, h) + first, columns);
+          ahead<true>(t[4].at<T>(b, step + s + kAhead, h) + first, columns);
+        }
         read(q[s], d_k, real ? t[0].at<T>(b, step + s, h) : nullptr, t[0].stride[3], d_k);
         read(k[s], d_k, real ? t[1].at<T>(b, step + s, h) : nullptr, t[1].stride[3], d_k);
         const T* from = real ? t[2].at<T>(b, step + s, h) + first * t[2].stride[3] : nullptr;
         read(buffer, Columns, from, t[2].stride[3], columns);
         for (int n = 0; n < N; n++) v[s][n] = load<T, W>(buffer + n * W);
       }
-      for (int e = 0; e < d_k; e++)
-        for (int n = 0; n < N; n++) {
-          V<T, W> row = load<T, W>(state + e * Columns + n * W);
-          for (int s = 0; s < Steps; s++) linear_forward_row(row, k[s][e], v[s][n], q[s][e], y[s][n]);
-          store<T, W>(state + e * Columns + n * W, row);
-        }
+      sweep<T, W, N, Steps>(state, k, q, v, y);
       for (int s = 0; s < Steps && step + s < time; s++) {
         for (int n = 0; n < N; n++) store<T, W>(buffer + n * W, y[s][n]);
         write(t[4].at<T>(b, step + s, h) + first * t[4].stride[3], t[4].stride[3], buffer, columns);
@@ -79,6 +98,12 @@ struct Backward : Call {
       read(grad + e * Columns, Columns, from(6), t[6].stride[3], columns);
     }
     for (int step = time - 1; step >= 0; step--) {
+      if (step >= kAhead) {
+        for (int i : {0, 1}) ahead(t[i].at<T>(b, step - kAhead, h), d_k);
+        for (int i : {7, 8}) ahead<true>(t[i].at<T>(b, step - kAhead, h), d_k);
+        for (int i : {2, 5}) ahead(part(i, t[i].at<T>(b, step - kAhead, h)), columns);
+        ahead<true>(part(9, t[9].at<T>(b, step - kAhead, h)), columns);
+      }
       V<T, W> v[N], dy[N], dv[N] = {};
       read(q, rows, t[0].at<T>(b, step, h), t[0].stride[3], d_k);
       read(k, rows, t[1].at<T>(b, step, h), t[1].stride[3], d_k);
