@@ -1,13 +1,5 @@
-// Exponential, tanh, logistic function and softmax: of registers on the CPU, of numbers on the GPU.
+// Exponential, tanh, logistic function and softmax of registers on the CPU.
 #pragma once
-#include "tensors.h"
-
-#ifdef __CUDACC__
-
-template <class T> __device__ __forceinline__ T exponential(T x) { return exp(x); }
-template <class T> __device__ __forceinline__ T hyperbolic(T x) { return tanh(x); }
-
-#else
 #include "lanes.h"
 
 template <class T> struct Whole { typedef int32_t Type; };
@@ -48,6 +40,10 @@ template <class T, int W> NBS_SHARED V<T, W> logistic(const V<T, W>& x) {
   return T(1) / (T(1) + exponential<T, W>(-x));
 }
 
+template <class T, int W> NBS_SHARED T dot(const T* a, const T* b, int n) {
+  return sum<T, W>(products<T, W>(a, b, n));
+}
+
 // Softmax of the first n of `padded` numbers; the rest becomes zero.
 template <class T, int W> NBS_SHARED void softmax(T* z, int padded, int n) {
   for (int i = n; i < padded; i++) z[i] = -INFINITY;
@@ -71,7 +67,5 @@ template <class T, int W> NBS_SHARED void softmax_backward(T* grad, const T* p, 
   for (int i = 0; i < padded; i += W)
     store<T, W>(grad + i, load<T, W>(p + i) * (load<T, W>(grad + i) - mean));
 }
-
-#endif
 
 template <class T> NBS_SHARED T logistic_number(T x) { return T(1) / (T(1) + std::exp(-x)); }

@@ -152,7 +152,8 @@ struct Backward : Call {
         for (int i = 0; i < n; i++) {
           const int at = row * width + (first + i) * W;
           V<T, W> m = load<T, W>(M + at), g = load<T, W>(G + at);
-          srwm_write_backward_row(m, g, k[row], u[i], change[row], e[i], sums[0], sums[1]);
+          srwm_wrote_row(g, u[i], sums[1]);
+          srwm_moved_row(m, g, k[row], u[i], change[row], e[i], sums[0]);
           store<T, W>(M + at, m);
           store<T, W>(G + at, g);
         }

@@ -9,14 +9,14 @@ template <class V, class T> NBS_SHARED void srwm_forward_row(V& W, T k_before, c
   z += x * W;
 }
 
-// From the matrices after the step to those before it, and back through the write. To be summed over the columns:
-// moved = W . e, the share of q, and wrote = G . u, which less moved is the share of k.
-template <class V, class T> NBS_SHARED void srwm_write_backward_row(
-    V& W, V& grad, T k, const V& u, T difference, const V& e, V& moved, V& wrote) {
+// How the gradient after the step looks at the write; to be summed over the columns.
+template <class V> NBS_SHARED void srwm_wrote_row(const V& grad, const V& u, V& wrote) { wrote += grad * u; }
+
+// From the matrices after the step to those before it, and back through what was moved; to be summed over the columns.
+template <class V, class T> NBS_SHARED void srwm_moved_row(V& W, V& grad, T k, const V& u, T change, const V& e, V& moved) {
   W -= k * u;
   moved += W * e;
-  wrote += grad * u;
-  grad += difference * e;
+  grad += change * e;
 }
 
 // Back through the product with the input; dx is to be summed over the columns.
