@@ -230,7 +230,7 @@ def _register(operator):
         new = [_empty(like, sizes, operator.words['y'])]
         new += [_empty(like, sizes, operator.words[w], _state_dtype(like.dtype)) for w in operator.states]
         kept = [_empty(like, sizes, operator.words[w], _state_dtype(like.dtype)) for w in operator.keeps]
-        return *new, *(kept if keep else [like.new_empty(0)] * len(kept))
+        return *new, *(kept if keep else [like.new_empty(0) for _ in kept])
     def shape_back(*args):
         return whole([None if x is None else x.new_empty(x.shape) for x in args[:n]], args[0])
     def remember(ctx, inputs, output):
