@@ -5,6 +5,8 @@
 template <class T> struct Whole { typedef int32_t Type; };
 template <> struct Whole<double> { typedef int64_t Type; };
 
+template <class T> constexpr T inverse_factorial(int n) { return n > 1 ? inverse_factorial<T>(n - 1) / n : T(1); }
+
 // e^x = scale (1 + rest) with x = n ln 2 + r, scale = 2^n, and rest = e^r - 1 as a Taylor polynomial.
 template <class T, int W> struct Power { V<T, W> scale, rest; };
 
@@ -17,8 +19,9 @@ template <class T, int W> NBS_SHARED Power<T, W> power(V<T, W> x) {
   const V<T, W> whole = __builtin_convertvector(n, V<T, W>);
   V<T, W> r = x - whole * (single ? T(0.693359375) : T(6.93147180369123816490e-01));
   r = r - whole * (single ? T(-2.12194440e-4) : T(1.90821492927058770002e-10));
-  V<T, W> p = V<T, W>{} + T(1);
-  for (int i = single ? 8 : 14; i > 1; i--) p = T(1) + p * r * (T(1) / i);
+  V<T, W> p = {};
+#pragma GCC unroll 16
+  for (int i = single ? 8 : 14; i > 0; i--) p = p * r + inverse_factorial<T>(i);
   const I bits = (n + (single ? 127 : 1023)) << (single ? 23 : 52);
   V<T, W> scale;
   std::memcpy(&scale, &bits, sizeof(scale));
@@ -44,6 +47,15 @@ template <class T, int W> NBS_SHARED T dot(const T* a, const T* b, int n) {
   return sum<T, W>(products<T, W>(a, b, n));
 }
 
+template <class T, int W, int Half = W / 2> NBS_SHARED T highest(const V<T, W>& x) {
+  if constexpr (Half == 0) {
+    return x[0];
+  } else {
+    const V<T, W> other = Fold<T, W>::template exchange<Half>(x, std::make_index_sequence<W>());
+    return highest<T, W, Half / 2>(x > other ? x : other);
+  }
+}
+
 // Softmax of the first n of `padded` numbers; the rest becomes zero.
 template <class T, int W> NBS_SHARED void softmax(T* z, int padded, int n) {
   for (int i = n; i < padded; i++) z[i] = -INFINITY;
@@ -52,8 +64,7 @@ template <class T, int W> NBS_SHARED void softmax(T* z, int padded, int n) {
     const V<T, W> x = load<T, W>(z + i);
     high = x > high ? x : high;
   }
-  T top = high[0];
-  for (int i = 1; i < W; i++) top = high[i] > top ? high[i] : top;
+  const T top = highest<T, W>(high);
   for (int i = 0; i < padded; i += W) store<T, W>(z + i, exponential<T, W>(load<T, W>(z + i) - top));
   for (int i = n; i < padded; i++) z[i] = 0;
   for (int i = 0; i < padded; i += W) total += load<T, W>(z + i);

@@ -14,14 +14,14 @@ struct Call {
 struct Forward : Call {
   template <class T, int W> int run() const {
     const size_t width = round_up(dim, W);
-    return each_head<T>(batch, heads, threads, (4 * dim + 11) * width,
+    return each_head<T>(batch, heads, threads, (4 * width + 11) * width,
                         [this](int64_t b, int64_t h, T* memory) { return head<T, W>(b, h, memory); });
   }
 
   template <class T, int W> int head(int64_t b, int64_t h, T* memory) const {
     const int width = round_up(dim, W);
     Pieces<T> piece{memory};
-    T *state = piece(dim * width), *R = piece(3 * dim * width), *r = piece(width), *s = piece(width);
+    T *state = piece(width * width), *R = piece(3 * width * width), *r = piece(width), *s = piece(width);
     T *z = piece(3 * width), *found = piece(width), *y = piece(width), *k_before = piece(width), *u = piece(width);
     T *q = z, *k = z + width, *v = z + 2 * width;
     read_matrix(state, width, width, t[8].at<T>(b, h), t[8].stride + 2, dim, dim);
@@ -46,7 +46,7 @@ struct Forward : Call {
         store<T, W>(u + i, rate * difference);
         store<T, W>(y + i, load<T, W>(y + i) + (both * rate) * difference);
       }
-      std::memcpy(k_before, k, width * sizeof(T));
+      copy(k_before, k, width);
       write(t[10].at<T>(b, step, h), t[10].stride[3], y, dim);
       if (!t[13].address) continue;  // nothing is kept
       const T* kept[] = {q, k, found, &rate, s};
@@ -95,15 +95,15 @@ struct Backward : Call {
 
   template <class T, int W> int run() const {
     const size_t width = round_up(dim, W);
-    return each_head<T>(batch, heads, threads, (8 * dim + 11 + 4 * Block) * width,
+    return each_head<T>(batch, heads, threads, (8 * width + 11 + 4 * Block) * width,
                         [this](int64_t b, int64_t h, T* memory) { return head<T, W>(b, h, memory); });
   }
 
   template <class T, int W> int head(int64_t b, int64_t h, T* memory) const {
     const int width = round_up(dim, W);
     Pieces<T> piece{memory};
-    T *state = piece(dim * width), *grad = piece(dim * width), *R = piece(3 * dim * width);
-    T *dR = piece(3 * dim * width), *r = piece(width), *dr = piece(width), *q = piece(width), *k = piece(width);
+    T *state = piece(width * width), *grad = piece(width * width), *R = piece(3 * width * width);
+    T *dR = piece(3 * width * width), *r = piece(width), *dr = piece(width), *q = piece(width), *k = piece(width);
     T *difference = piece(width), *u = piece(width), *dy = piece(width), *dw = piece(width), *dfound = piece(width);
     T *more = piece(width), *ds = piece(width), *S = piece(Block * width), *Z = piece(3 * Block * width);
     read_matrix(state, width, width, t[10].at<T>(b, h), t[10].stride + 2, dim, dim);
@@ -134,7 +134,7 @@ struct Backward : Call {
       softmax_backward<T, W>(dk, k, width);
       for (int i = 0; i < 3; i++) write(t[20 + i].at<T>(b, step, h), t[20 + i].stride[3], dq + i * width, dim);
       *t[23].at<T>(b, step, h) = drate;
-      matvec<T, W>(ds, R, dq, dim, 3 * width);
+      matvec<T, W>(ds, R, dq, width, 3 * width);
       for (int i = 0; i < width; i += W) {
         const V<T, W> x = load<T, W>(s + i);
         store<T, W>(dr + i, load<T, W>(dr + i) + drate * x);
@@ -160,17 +160,16 @@ struct Backward : Call {
       V<T, W> u[n], dy[n], dw[n] = {};
       load_tile<T, W, n>(u, u_all + first * W);
       load_tile<T, W, n>(dy, dy_all + first * W);
-      for (int e = 0; e < dim; e++) {
-        V<T, W> total = {};
+      sum_rows<T, W, 1>(&dq, first > 0, width, [&](int e, V<T, W>* total) __attribute__((always_inline)) {
+        total[0] = V<T, W>{};
         for (int i = 0; i < n; i++) {
           T *at = state + e * width + (first + i) * W, *at_grad = grad + e * width + (first + i) * W;
           V<T, W> x = load<T, W>(at), g = load<T, W>(at_grad);
-          recurrent_delta_read_backward_row(x, g, k[e], u[i], q[e], dy[i], total, dw[i]);
+          recurrent_delta_read_backward_row(x, g, k[e], u[i], q[e], dy[i], total[0], dw[i]);
           store<T, W>(at, x);
           store<T, W>(at_grad, g);
         }
-        dq[e] = (first ? dq[e] : T(0)) + sum<T, W>(total);
-      }
+      });
       store_tile<T, W, n>(dw_all + first * W, dw);
     });
   }
@@ -182,16 +181,15 @@ struct Backward : Call {
       V<T, W> u[n], dfound[n];
       load_tile<T, W, n>(u, u_all + first * W);
       load_tile<T, W, n>(dfound, dfound_all + first * W);
-      for (int e = 0; e < dim; e++) {
-        V<T, W> total = {};
+      sum_rows<T, W, 1>(&dk, first > 0, width, [&](int e, V<T, W>* total) __attribute__((always_inline)) {
+        total[0] = V<T, W>{};
         for (int i = 0; i < n; i++) {
           const int at = e * width + (first + i) * W;
           V<T, W> g = load<T, W>(grad + at);
-          recurrent_delta_write_backward_row(load<T, W>(state + at), g, k[e], u[i], dfound[i], total);
+          recurrent_delta_write_backward_row(load<T, W>(state + at), g, k[e], u[i], dfound[i], total[0]);
           store<T, W>(grad + at, g);
         }
-        dk[e] = (first ? dk[e] : T(0)) + sum<T, W>(total);
-      }
+      });
     });
   }
 };

@@ -40,7 +40,7 @@ template <int W> struct Row {
 struct Forward : Call {
   template <class T, int W> int run() const {
     const size_t padded = round_up(dim, W), width = Row<W>(dim).width;
-    return each_head<T>(batch, heads, threads, dim * width + 3 * padded + 3 * width,
+    return each_head<T>(batch, heads, threads, padded * width + 3 * padded + 3 * width,
                         [this](int64_t b, int64_t h, T* memory) { return head<T, W>(b, h, memory); });
   }
 
@@ -48,7 +48,7 @@ struct Forward : Call {
     const Row<W> row(dim);
     const int padded = row.padded, width = row.width;
     Pieces<T> piece{memory};
-    T *M = piece(dim * width), *x = piece(padded), *k_before = piece(padded), *change = piece(padded);
+    T *M = piece(padded * width), *x = piece(padded), *k_before = piece(padded), *change = piece(padded);
     T *z = piece(width), *moved = piece(width), *u = piece(width), rates[kRates];
     T *q = z + padded, *k = z + 2 * padded, *b_in = z + 3 * padded;
     row.read_all(M, t + 1, b, h);
@@ -60,10 +60,10 @@ struct Forward : Call {
       softmax<T, W>(k, padded, dim);
       for (int i = 0; i < kRates; i++) rates[i] = logistic_number(b_in[i]);
       for (int i = 0; i < padded; i += W) store<T, W>(change + i, load<T, W>(q + i) - load<T, W>(k + i));
-      std::memset(moved, 0, width * sizeof(T));
+      for (int i = 0; i < width; i += W) store<T, W>(moved + i, V<T, W>{});
       add_vecmat<T, W>(moved, change, M, dim, width);
       row.scale(u, rates, moved);
-      std::memcpy(k_before, k, padded * sizeof(T));
+      copy(k_before, k, padded);
       if (!t[10].address) continue;  // nothing is kept
       write(t[10].at<T>(b, step, h), t[10].stride[3], q, dim);
       write(t[11].at<T>(b, step, h), t[11].stride[3], k, dim);
@@ -97,7 +97,7 @@ struct Forward : Call {
 struct Backward : Call {
   template <class T, int W> int run() const {
     const size_t padded = round_up(dim, W), width = Row<W>(dim).width;
-    return each_head<T>(batch, heads, threads, 2 * dim * width + 7 * padded + 5 * width,
+    return each_head<T>(batch, heads, threads, 2 * padded * width + 7 * padded + 5 * width,
                         [this](int64_t b, int64_t h, T* memory) { return head<T, W>(b, h, memory); });
   }
 
@@ -105,7 +105,7 @@ struct Backward : Call {
     const Row<W> row(dim);
     const int padded = row.padded, width = row.width;
     Pieces<T> piece{memory};
-    T *M = piece(dim * width), *G = piece(dim * width), *x = piece(padded), *q = piece(padded), *k = piece(padded);
+    T *M = piece(padded * width), *G = piece(padded * width), *x = piece(padded), *q = piece(padded), *k = piece(padded);
     T *change = piece(padded), *dx = piece(padded), *pulled = piece(padded), *wrote = piece(padded);
     T *moved = piece(width), *u = piece(width), *a = piece(width), *e = piece(width), *dz = piece(width);
     T *dq = dz + padded, *dk = dz + 2 * padded, *db = dz + 3 * padded, rates[kRates];
@@ -121,7 +121,7 @@ struct Backward : Call {
       read(dz, padded, t[16].at<T>(b, step, h), t[16].stride[3], dim);
       for (int i = 0; i < padded; i += W) store<T, W>(change + i, load<T, W>(q + i) - load<T, W>(k + i));
       row.scale(u, rates, moved);
-      std::memset(a, 0, width * sizeof(T));
+      for (int i = 0; i < width; i += W) store<T, W>(a + i, V<T, W>{});
       add_vecmat<T, W>(a, k, G, dim, width);
       for (int i = 0; i < kRates; i++)
         db[i] = dot<T, W>(a + i * padded, moved + i * padded, row.space(i)) * rates[i] * (1 - rates[i]);
@@ -142,13 +142,15 @@ struct Backward : Call {
 
   template <class T, int W> void write_backward(T* M, T* G, int width, const T* k, const T* u_all, const T* change,
                                                 const T* e_all, T* pulled, T* wrote) const {
+    const int padded = round_up(dim, W);
     tiles(width / W, [=](auto size, int first) {
       constexpr int n = decltype(size)::value;
       V<T, W> u[n], e[n];
       load_tile<T, W, n>(u, u_all + first * W);
       load_tile<T, W, n>(e, e_all + first * W);
-      for (int row = 0; row < dim; row++) {
-        V<T, W> sums[2] = {};
+      T* const to[] = {pulled, wrote};
+      sum_rows<T, W, 2>(to, first > 0, padded, [&](int row, V<T, W>* sums) __attribute__((always_inline)) {
+        sums[0] = sums[1] = V<T, W>{};
         for (int i = 0; i < n; i++) {
           const int at = row * width + (first + i) * W;
           V<T, W> m = load<T, W>(M + at), g = load<T, W>(G + at);
@@ -157,27 +159,25 @@ struct Backward : Call {
           store<T, W>(M + at, m);
           store<T, W>(G + at, g);
         }
-        pulled[row] = (first ? pulled[row] : T(0)) + sum<T, W>(sums[0]);
-        wrote[row] = (first ? wrote[row] : T(0)) + sum<T, W>(sums[1]);
-      }
+      });
     });
   }
 
   template <class T, int W> void read_backward(const T* M, T* G, int width, const T* x, const T* dz_all, T* dx) const {
+    const int padded = round_up(dim, W);
     tiles(width / W, [=](auto size, int first) {
       constexpr int n = decltype(size)::value;
       V<T, W> dz[n];
       load_tile<T, W, n>(dz, dz_all + first * W);
-      for (int row = 0; row < dim; row++) {
-        V<T, W> total = {};
+      sum_rows<T, W, 1>(&dx, first > 0, padded, [&](int row, V<T, W>* total) __attribute__((always_inline)) {
+        total[0] = V<T, W>{};
         for (int i = 0; i < n; i++) {
           const int at = row * width + (first + i) * W;
           V<T, W> g = load<T, W>(G + at);
-          srwm_read_backward_row(load<T, W>(M + at), g, x[row], dz[i], total);
+          srwm_read_backward_row(load<T, W>(M + at), g, x[row], dz[i], total[0]);
           store<T, W>(G + at, g);
         }
-        dx[row] = (first ? dx[row] : T(0)) + sum<T, W>(total);
-      }
+      });
     });
   }
 };

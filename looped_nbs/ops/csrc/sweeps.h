@@ -30,7 +30,7 @@ template <class T, int W, int n> NBS_SHARED void store_tile(T* to, const V<T, W>
 // y += u M; several rows at once where a tile is narrow, so that additions do not wait for each other.
 template <class T, int W> inline void add_vecmat(T* y, const T* u, const T* M, int rows, int width) {
   tiles(width / W, [=](auto size, int first) {
-    constexpr int n = decltype(size)::value, ways = n > 4 ? 1 : n > 2 ? 2 : 4;
+    constexpr int n = decltype(size)::value, most = NBS_REGISTERS / 2 / n, ways = most < 1 ? 1 : most < 4 ? most : 4;
     const T* row = M + first * W;
     V<T, W> total[ways][n] = {};
     int e = 0;
@@ -47,18 +47,26 @@ template <class T, int W> inline void add_vecmat(T* y, const T* u, const T* M, i
   });
 }
 
-// y = M u
+// Sums over a tile of the columns of all rows, a multiple of W: f(row, x) sets x[0], ..., x[N - 1], which go to, or are
+// added to, to[0], ..., to[N - 1].
+template <class T, int W, int N, class F> NBS_SHARED void sum_rows(T* const* to, bool add, int rows, const F& f) {
+  for (int group = 0; group < rows; group += W) {
+    V<T, W> x[N];
+    Fold<T, W>::template rows<N>(f, group, x);
+    for (int i = 0; i < N; i++) store<T, W>(to[i] + group, add ? load<T, W>(to[i] + group) + x[i] : x[i]);
+  }
+}
+
+// y = M u, for a multiple of W rows
 template <class T, int W> inline void matvec(T* y, const T* M, const T* u, int rows, int width) {
   tiles(width / W, [=](auto size, int first) {
     constexpr int n = decltype(size)::value;
-    const T* row = M + first * W;
     V<T, W> x[n];
     load_tile<T, W, n>(x, u + first * W);
-    for (int e = 0; e < rows; e++, row += width) {
-      V<T, W> total = {};
-      for (int i = 0; i < n; i++) total += x[i] * load<T, W>(row + i * W);
-      y[e] = (first ? y[e] : T(0)) + sum<T, W>(total);
-    }
+    sum_rows<T, W, 1>(&y, first > 0, rows, [&](int e, V<T, W>* total) __attribute__((always_inline)) {
+      total[0] = V<T, W>{};
+      for (int i = 0; i < n; i++) total[0] += x[i] * load<T, W>(M + e * width + (first + i) * W);
+    });
   });
 }
 
