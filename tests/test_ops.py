@@ -38,8 +38,8 @@ print(*choose(DELTA))
 
 
 def _process(code=SCRIPT, **environment):
-    return subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {'OMP_NUM_THREADS': '1'} | environment)
+    return subprocess.Popen([sys.executable, '-c', code], text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env=os.environ | {'OMP_NUM_THREADS': '1'} | environment)
 
 
 def _state(states): return states[0] if len(states) == 1 else tuple(states)
@@ -126,7 +126,8 @@ def test_sources_may_be_read_only(tmp_path):
     sources = tmp_path/'csrc'
     shutil.copytree(build.SOURCES, sources)
     for path in (*sources.iterdir(), sources): path.chmod(0o555 if path.is_dir() else 0o444)
-    code = 'from pathlib import Path; from looped_nbs.ops import build; build.SOURCES = Path(%r)' % str(sources)
+    code = ('from pathlib import Path; from looped_nbs.ops import build; '
+            f'build.SOURCES = Path({str(sources)!r})')
     assert _answer(_process(code + SCRIPT, LOOPED_NBS_CACHE=str(tmp_path/'cache'))) == 'cpu'
     sources.chmod(0o755)
 
@@ -140,9 +141,9 @@ def cuda_on_cpu(tmp_path_factory):
     folder, libraries = tmp_path_factory.mktemp('cuda'), {}
     for source in sorted(build.SOURCES.glob('*.cu')):
         to = folder/f'{source.stem}.so'
-        command = [*build.compiler()[0], '-std=gnu++20', '-O1', '-shared', '-fPIC', '-pthread', '-w', '-x', 'c++',
-                   '-I', str(HERE/'cuda_on_cpu'), '-I', str(build.SOURCES), str(source), '-o', str(to)]
-        subprocess.run(command, check=True)
+        flags = '-std=gnu++20 -O1 -shared -fPIC -pthread -w -x c++'.split()
+        folders = ['-I', str(HERE/'cuda_on_cpu'), '-I', str(build.SOURCES)]
+        subprocess.run([*build.compiler()[0], *flags, *folders, str(source), '-o', str(to)], check=True)
         libraries[source.stem] = ctypes.CDLL(str(to))
     return libraries
 
@@ -175,8 +176,9 @@ def test_cuda_kernels_compute_the_same_on_a_cpu(case, shape, dtype, cuda_on_cpu,
 def test_cuda_form_agrees_with_the_definition(case, shape, dtype):
     inputs, states = draw(case, shape)
     wanted = results(case, 'chunk' if case.chunk else 'naive', inputs, states)
-    got = [results(case, 'cuda', [x.to('cuda', dtype) for x in inputs], [s.to('cuda', torch.float32) for s in states])
-           for _ in range(2)]
+    inputs = [x.to('cuda', dtype) for x in inputs]
+    states = [s.to('cuda', torch.float32) for s in states]
+    got = [results(case, 'cuda', inputs, states) for _ in range(2)]
     for ours, again, right in zip(*got, wanted, strict=True):
         assert torch.equal(ours, again)
         assert (ours.cpu().double() - right).abs().max() / right.abs().max() < CLOSE[dtype]

@@ -24,7 +24,7 @@ import torch
 from ..core.errors import InputError, one_of
 
 # %% ../../nbs/01_ops/00_build.ipynb #2033da25
-SOURCES = Path(__file__).parent/'csrc' if '__file__' in globals() else None # hand-written, part of the package
+SOURCES = Path(__file__).parent/'csrc' if '__file__' in globals() else None # hand-written
 
 def cache_folder() -> Path: # a folder, which need not exist
     "Say where compiled libraries are kept: `LOOPED_NBS_CACHE`, or a folder of the user."
@@ -73,7 +73,8 @@ def compiler(
 def _version(*command): return _run([*command, '--version'], 30).strip()
 
 # %% ../../nbs/01_ops/00_build.ipynb #e696c8a0
-_CPU = '-std=gnu++17 -O3 -fPIC -shared -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math'
+_CPU = ('-std=gnu++17 -O3 -fPIC -shared -fvisibility=hidden -ffp-contract=fast -fno-math-errno '
+        '-fno-trapping-math')
 _CUDA = ('-std=c++17 -O3 -shared -Xcompiler -fPIC,-fvisibility=hidden -cudart shared --fmad=true '
          '-Werror all-warnings')
 
@@ -212,7 +213,7 @@ def _plain_names(rows):
 def cuda_check(
     targets: tuple = ('80', '90'), # generations of GPUs
 ) -> list[dict]: # one row per kernel and target
-    "Compile every CUDA source and say what each kernel needs; an `InputError` tells of one that does not compile."
+    "Compile every CUDA source and say what each kernel needs; an `InputError` if one does not compile."
     rows, wanted = [], [w for t in targets for w in ('-gencode', f'arch=compute_{t},code=sm_{t}')]
     for source in sorted(SOURCES.glob('*.cu')):
         with tempfile.TemporaryDirectory() as scratch:

@@ -8,6 +8,7 @@ __all__ = ['FORMS', 'MAX_DIM', 'COMPILED', 'OPERATORS', 'SHAPES', 'Operator', 'c
 
 # %% ../../nbs/01_ops/01_operator.ipynb #e310aaf2
 import ctypes
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -44,7 +45,7 @@ class Operator:
         self.words = {n: w.split() for n, w in (self.inputs | self.states | self.keeps).items()}
         self.words['y'] = self.output.split()
         self.arguments, self.n_inputs = (*self.inputs, *self.states), len(self.inputs)
-        found = {}
+        self.checked, found = {}, {}
         for i, name in enumerate(self.arguments):
             for axis, word in enumerate(self.words[name]): found.setdefault(word, (i, axis))
         self.fixed = {w: int(w) for words in self.words.values() for w in words if w.isdigit()}
@@ -64,10 +65,11 @@ def check(
     sizes, first = dict(operator.fixed), tensors[0]
     for name, x in zip(operator.arguments, tensors, strict=True):
         if x is None and name in operator.states: continue
-        if not isinstance(x, Tensor): raise FieldError(f'{operator.name}.{name}', type(x).__name__, 'a tensor')
-        words = operator.words[name]
-        good = len(words) == x.dim() and all(sizes.setdefault(w, n) == n for w, n in zip(words, x.shape, strict=True))
-        if not good: raise _wrong_shape(operator, name, x, sizes)
+        if not isinstance(x, Tensor):
+            raise FieldError(f'{operator.name}.{name}', type(x).__name__, 'a tensor')
+        pairs = zip(operator.words[name], x.shape, strict=False)
+        if len(operator.words[name]) != x.dim() or any(sizes.setdefault(w, n) != n for w, n in pairs):
+            raise _wrong_shape(operator, name, x, sizes)
         wanted = _state_dtype(first.dtype) if name in operator.states else first.dtype
         if x.dtype != wanted: raise FieldError(f'{operator.name}.{name}.dtype', x.dtype, f'{wanted}')
         if x.device != first.device:
@@ -75,7 +77,8 @@ def check(
     for word, n in sizes.items():
         low, high = (1, MAX_DIM) if word.startswith('d_') else (word == 'time', n)
         if not low <= n <= high:
-            raise FieldError(f'{operator.name}: {word}', n, f'from 1 to {MAX_DIM}' if high < n else 'at least 1')
+            allowed = f'from 1 to {MAX_DIM}' if high < n else 'at least 1'
+            raise FieldError(f'{operator.name}: {word}', n, allowed)
     return sizes
 
 def _wrong_shape(operator, name, x, sizes):
@@ -148,7 +151,21 @@ def _run(operator, direction, sizes, like, tensors, small):
             status = kernel(_rows(tensors), counts, torch.cuda.current_stream().cuda_stream)
     else: status = kernel(_rows(tensors), counts, 1 if small else torch.get_num_threads())
     if status < 0: raise RuntimeError(f'{operator.name}: CUDA error {-status}')
-    if status: raise FieldError(f'{operator.name}.{operator.arguments[status - 1]}', 'nan or inf', 'finite numbers')
+    if status: raise _not_finite(operator, operator.arguments[status - 1])
+
+_LARGE, _PAGE, _HUGEPAGE = 1 << 22, 1 << 21, 14 # bytes, bytes, the advice of Linux for large pages
+_madvise = getattr(ctypes.CDLL(None), 'madvise', None) if sys.platform == 'linux' else None
+
+def _large_pages(tensors):
+    "Let the system back large new tensors with large pages: first touching small ones costs too much."
+    for x in tensors:
+        if x is None or x.is_cuda or _madvise is None or x.numel() * x.itemsize < _LARGE: continue
+        first, last = x.data_ptr() + _PAGE - 1, x.data_ptr() + x.numel() * x.itemsize
+        first, last = first - first % _PAGE, last - last % _PAGE
+        _madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _HUGEPAGE)
+
+def _not_finite(operator, name):
+    return FieldError(f'{operator.name}.{name}', 'nan or inf', 'finite numbers')
 
 def _empty(like, sizes, words, dtype=None):
     return torch.empty([sizes[w] for w in words], dtype=dtype or like.dtype, device=like.device)
@@ -164,6 +181,7 @@ def forward(
     new += [_empty(like, sizes, operator.words[n], _state_dtype(like.dtype)) for n in operator.states]
     kept = [_empty(like, sizes, operator.words[n], _state_dtype(like.dtype)) if keep else None
             for n in operator.keeps]
+    _large_pages((*new, *kept))
     _run(operator, 'forward', sizes, like, (*tensors, *new, *kept), new[0].numel() < 2048)
     return *new, *kept
 
@@ -180,7 +198,8 @@ def backward(
         every = sizes | {'slabs': -(-sizes['d_v'] // 32)} if 'slabs' in words else sizes
         summed = _state_dtype(like.dtype) if name in partial else None
         new.append(None if x is None else _empty(like, every, words, summed or x.dtype))
-    _run(operator, 'backward', sizes, like, (*tensors, *gradients, *new), tensors[n - 1] is None and like.numel() < 2048)
+    _large_pages(new)
+    _run(operator, 'backward', sizes, like, (*tensors, *gradients, *new), like.numel() < 2048)
     for i, name in enumerate(operator.arguments):
         if name not in partial or new[i] is None: continue
         own = operator.words[name]
@@ -192,15 +211,13 @@ def backward(
 class _Direct(torch.autograd.Function):
     "Compiled code as a differentiable function."
     @staticmethod
-    def forward(operator, *tensors): return forward(operator, tensors, True)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.operator, *tensors = inputs
+    def forward(ctx, operator, *tensors):
+        results, n = forward(operator, tensors, True), 1 + len(operator.states)
+        ctx.operator = operator
         ctx.set_materialize_grads(False)
-        n = 1 + len(ctx.operator.states)
-        ctx.mark_non_differentiable(*output[n:])
-        ctx.save_for_backward(*tensors, *output[1:])
+        ctx.mark_non_differentiable(*results[n:])
+        ctx.save_for_backward(*tensors, *results[1:])
+        return results
 
     @staticmethod
     @once_differentiable
@@ -240,8 +257,9 @@ def _register(operator):
         new = made_back(*ctx.saved_tensors, *gradients[:1 + m])
         return *(g if x is not None else None for g, x in zip(new, ctx.saved_tensors[:n], strict=True)), None
     ahead, back = _schema(operator)
-    made = torch.library.custom_op(f'looped_nbs::{operator.name}', run, mutates_args=(), schema=ahead)
-    made_back = torch.library.custom_op(f'looped_nbs::{operator.name}_backward', run_back, mutates_args=(), schema=back)
+    name, new = f'looped_nbs::{operator.name}', {'mutates_args': ()}
+    made = torch.library.custom_op(name, run, schema=ahead, **new)
+    made_back = torch.library.custom_op(f'{name}_backward', run_back, schema=back, **new)
     made.register_fake(shape)
     made_back.register_fake(shape_back)
     made.register_autograd(differentiate, setup_context=remember)
@@ -249,6 +267,7 @@ def _register(operator):
 
 # %% ../../nbs/01_ops/01_operator.ipynb #c29f0031
 _PLAIN = (Tensor, torch.nn.Parameter)
+_transforming = getattr(torch._C, '_are_functorch_transforms_active', lambda: True) # inside of torch.func?
 
 def call(
     operator: Operator, # what is to run
@@ -261,7 +280,7 @@ def call(
     single = len(operator.states) == 1
     states = (state,) if single else (None,) * len(operator.states) if state is None else tuple(state)
     tensors, dtype = (*inputs, *states), getattr(inputs[0], 'dtype', None)
-    sizes = check(operator, tensors)
+    sizes = _checked(operator, tensors)
     form = _form(operator.name, impl, inputs[0].device.type, dtype)
     if _widened(dtype, form):
         tensors = (*(x.float() for x in inputs), *states)
@@ -269,13 +288,25 @@ def call(
     y, finals = results[0].to(dtype), results[1:1 + len(states)]
     return (y, finals[0] if single else finals) if return_state else y
 
+def _checked(operator, tensors):
+    "Check arguments, once for each combination of shapes, types and devices."
+    if torch.compiler.is_compiling() or not all([x is None or isinstance(x, Tensor) for x in tensors]):
+        return check(operator, tensors)
+    key = tuple([x if x is None else (x.shape, x.dtype, x.device) for x in tensors])
+    sizes = operator.checked.get(key)
+    if sizes is None:
+        if len(operator.checked) > 1000: operator.checked.clear()
+        sizes = operator.checked[key] = check(operator, tensors)
+    return sizes
+
 def _widened(dtype, form): return _state_dtype(dtype) != dtype and dtype not in COMPILED.get(form, ())
 
 def _compiled(operator, tensors):
     "Compiled code, directly or as a registered operator."
     given = [x for x in tensors if x is not None]
-    grad = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-    if torch.compiler.is_compiling() or not all(type(x) in _PLAIN for x in given): return operator.op(*tensors, grad)
+    grad = torch.is_grad_enabled() and any([x.requires_grad for x in given])
+    if torch.compiler.is_compiling() or _transforming() or not all([type(x) in _PLAIN for x in given]):
+        return operator.op(*tensors, grad)
     return _Direct.apply(operator, *tensors) if grad else forward(operator, tensors, False)
 
 def _python(operator, form, tensors, sizes):
@@ -283,17 +314,19 @@ def _python(operator, form, tensors, sizes):
     like, states = tensors[0], tensors[operator.n_inputs:]
     for name, x in zip(operator.inputs, tensors, strict=False):
         if name in operator.finite and not torch.compiler.is_compiling() and not x.isfinite().all():
-            raise FieldError(f'{operator.name}.{name}', 'nan or inf', 'finite numbers')
+            raise _not_finite(operator, name)
     zeros = [like.new_zeros([sizes[w] for w in operator.words[n]]) if x is None else x
              for n, x in zip(operator.states, states, strict=True)]
     return getattr(operator, form)(*tensors[:operator.n_inputs], *zeros)
 
 # %% ../../nbs/01_ops/01_operator.ipynb #564031ba
-def forms() -> list[dict]: # operator, device, form, reason
+def forms(
+    operators: tuple, # to ask about
+) -> list[dict]: # operator, device, form, reason
     "Say for every operator which form runs on each device of this machine, and why not a faster one."
     devices = ['cpu', 'cuda'] if torch.cuda.is_available() else ['cpu']
-    return [{'operator': name, 'device': device, 'form': form, 'reason': reason}
-            for name, operator in sorted(OPERATORS.items()) for device in devices
+    return [{'operator': operator.name, 'device': device, 'form': form, 'reason': reason}
+            for operator in operators for device in devices
             for form, reason in [choose(operator, device=device)]]
 
 # %% ../../nbs/01_ops/01_operator.ipynb #e2599d44
@@ -306,8 +339,8 @@ def draw(
     seed: int = 0, # of the random numbers
 ) -> tuple[list, list]: # inputs and states
     "Draw arguments of an operator, with random states."
-    names, generator = ('batch', 'time', 'heads', 'd_k', 'd_v'), torch.Generator().manual_seed(seed)
-    sizes = dict(zip(names, shape, strict=True)) | operator.fixed
+    sizes = dict(zip(('batch', 'time', 'heads', 'd_k', 'd_v'), shape, strict=True)) | operator.fixed
+    generator = torch.Generator().manual_seed(seed)
     inputs = [x.to(dtype) for x in operator.sample(sizes, generator)]
     states = [torch.randn([sizes[w] for w in words.split()], generator=generator, dtype=torch.float64)
               for words in operator.states.values()]
@@ -324,8 +357,12 @@ def results(
     state = leaves[-1] if len(states) == 1 else tuple(leaves[len(inputs):])
     y, final = call(operator, tuple(leaves[:len(inputs)]), state, True, form)
     out = [y, *([final] if len(states) == 1 else final)]
-    loss = sum((o * (o.detach() + torch.arange(o.numel(), device=o.device).view_as(o).sin())).sum() for o in out)
-    return [*out, *torch.autograd.grad(loss, leaves)]
+    return [*out, *torch.autograd.grad(_loss(out), leaves)]
+
+def _loss(out):
+    "A number that depends on every result in another way."
+    waves = [torch.arange(o.numel(), device=o.device).view_as(o).sin() for o in out]
+    return sum((o * (o.detach() + w)).sum() for o, w in zip(out, waves, strict=True))
 
 def here(
     operator: Operator, # whose forms are listed
@@ -346,7 +383,7 @@ def check_forms(
     for seed, shape in enumerate(shapes):
         inputs, states = draw(operator, shape, seed=seed)
         wanted = results(operator, 'naive', inputs, states)
-        apart = [torch.stack([x, -x], -1)[..., 0] for x in inputs], [torch.stack([s, -s], -1)[..., 0] for s in states]
+        apart = [[torch.stack([x, -x], -1)[..., 0] for x in xs] for xs in (inputs, states)]
         for form in here(operator):
             for dtype, close in _CLOSE.items():
                 got = results(operator, form, [x.to(dtype) for x in inputs], [s.to(dtype) for s in states])
@@ -374,8 +411,7 @@ def check_steps(
             y, now = call(operator, step, now, True, form)
             ys.append(y)
         out = [torch.cat(ys, 1), *([now] if len(state) == 1 else now)]
-        loss = sum((o * (o.detach() + torch.arange(o.numel()).view_as(o).sin())).sum() for o in out)
-        got = [*out, *torch.autograd.grad(loss, leaves)]
+        got = [*out, *torch.autograd.grad(_loss(out), leaves)]
         torch.testing.assert_close(got, results(operator, form, inputs, states), **_CLOSE[torch.float64])
 
 # %% ../../nbs/01_ops/01_operator.ipynb #cebb4a86
@@ -395,7 +431,7 @@ def check_compiled(
         torch.testing.assert_close(traced(*leaves), run(*leaves))
         a, b = (torch.autograd.grad(sum(o.square().sum() for o in f(*leaves)), leaves) for f in (traced, run))
         torch.testing.assert_close(a, b)
-    if 'cpu' not in here(operator): return
+    if 'cpu' not in here(operator): return torch.compiler.reset()
     torch.library.opcheck(operator.op, (*leaves, True))
     torch.library.opcheck(operator.op, (*(x.detach() for x in leaves[:n]), *[None] * len(states), False))
     threads, got = torch.get_num_threads(), []
@@ -403,4 +439,5 @@ def check_compiled(
         torch.set_num_threads(many)
         got.append(results(operator, 'cpu', *draw(operator, (5, 40, 3, 9, 40))))
     torch.set_num_threads(threads)
+    torch.compiler.reset()
     assert all(torch.equal(a, b) for a, b in zip(*got, strict=True))

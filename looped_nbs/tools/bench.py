@@ -19,9 +19,10 @@ from ..core.config import Evaluate, Experiment, Named, Optim, Run, Train
 from ..core.streams import numpy_stream, torch_stream
 from ..evaluation.report import table
 from ..experiments.run import MODELS, TASKS
-from ..ops import delta, linear_attention # register the operators
 from ..ops.build import fma_rate
-from ..ops.operator import OPERATORS, Operator, call, choose
+from ..ops.delta import DELTA
+from ..ops.linear_attention import LINEAR_ATTENTION
+from ..ops.operator import Operator, call, choose
 from ..tasks.counting_lines import families
 from ..training.callbacks import MetricLog
 from ..training.loop import Trainer
@@ -98,10 +99,16 @@ def bench_operator(
                                     ('both', _there_and_back, (gradient,), operator.flops(sizes)[1])):
         times = {f: stopwatch(functools.partial(run, operator, f, leaves, *more), 7, seconds) for f in forms}
         best = {f: fast for f, (fast, _) in times.items()}
-        row |= {f'{which} ms': round(times['auto'][1] * 1e3, 2), f'{which} best': round(best['auto'] * 1e3, 2),
+        row |= {f'{which} ms': round(times['auto'][1] * 1e3, 2),
+                f'{which} best': round(best['auto'] * 1e3, 2),
                 f'{which}/floor': round(best['auto'] / (flops * tokens / rate), 2)}
-        row |= {f'{f}/{which}': round(best[f] / best['auto'], 1) if f in best else '' for f in ('chunk', 'naive')}
+        for f in ('chunk', 'naive'):
+            row[f'{f}/{which}'] = round(best[f] / best['auto'], 1) if f in best else ''
     return row | {'threads': torch.get_num_threads(), 'load': load()}
+
+def _others(operator, length):
+    "The forms to compare with: the definition only where there is no chunk form, or time for it."
+    return ('auto', 'chunk', 'naive') if length <= 256 or not operator.chunk else ('auto', 'chunk')
 
 def bench_ops(
     lengths: tuple = (64, 256, 512, 1024), # time steps
@@ -111,8 +118,9 @@ def bench_ops(
     old = torch.get_num_threads()
     torch.set_num_threads(min(threads, os.cpu_count()))
     try:
-        return [bench_operator(OPERATORS[name], *case) for name in sorted(OPERATORS)
-                for case in (*((n,) for n in lengths), (256, 64), (4096, 32, ('auto',)))]
+        return [bench_operator(operator, *case) for operator in (LINEAR_ATTENTION, DELTA) for case in
+                (*((n, 32, _others(operator, n)) for n in lengths), (256, 64, _others(operator, 512)),
+                 (4096, 32, ('auto',)))]
     finally: torch.set_num_threads(old)
 
 # %% ../../nbs/09_tools/01_bench.ipynb #6d4770aa

@@ -17,8 +17,9 @@ import torch
 
 from .. import __version__
 from ..evaluation.report import table
-from ..ops import delta, linear_attention # register the operators
 from ..ops.build import Unavailable, cache_folder, compiler, cuda_check, isa
+from ..ops.delta import DELTA
+from ..ops.linear_attention import LINEAR_ATTENTION
 from ..ops.operator import forms
 
 # %% ../../nbs/09_tools/02_doctor.ipynb #d8e3bfef
@@ -37,7 +38,8 @@ def _operators():
     "The form of each operator that runs here, by device, with the reason where it is a slower one."
     def text(row): return row['form'] + (f" ({row['reason']})" if row['reason'] else '')
     by_device = {}
-    for row in forms(): by_device.setdefault(row['device'], {})[row['operator']] = text(row)
+    for row in forms((LINEAR_ATTENTION, DELTA)):
+        by_device.setdefault(row['device'], {})[row['operator']] = text(row)
     return by_device
 
 def _kernels():
@@ -57,7 +59,8 @@ def doctor() -> dict: # sections of plain values
             'system': f'{platform.system()} {platform.machine()}', 'cores': cores, 'load': load,
             'cpu': torch.backends.cpu.get_cpu_capability(), 'gpus': gpus,
             'threads': 'one for small models, all cores for large ones (run.threads = 0)',
-            'operators': _operators(), 'compiler': _kernels(), 'nvcc': _version('nvcc'), 'quarto': _version('quarto'),
+            'operators': _operators(), 'compiler': _kernels(),
+            'nvcc': _version('nvcc'), 'quarto': _version('quarto'),
             'missing': missing, 'advice': _advice(cores, load, gpus, missing)}
 
 def _advice(cores, load, gpus, missing):
