@@ -28,7 +28,7 @@ from looped_nbs.interop import chunked, counting, fastweight, icl
 from looped_nbs.interop.adapt import Move, build, give, take
 from looped_nbs.layers.attention import Attention
 from looped_nbs.layers.block import Block, FeedForward
-from looped_nbs.layers.fast_weights import DeltaRule, ElementwiseLSTM, LinearAttention, RecurrentDelta, SRWM
+from looped_nbs.layers.fast_weights import SRWM, DeltaRule, ElementwiseLSTM, LinearAttention, RecurrentDelta
 from looped_nbs.layers.positions import build_positions
 from looped_nbs.ops.delta import DELTA
 from looped_nbs.ops.linear_attention import LINEAR_ATTENTION
