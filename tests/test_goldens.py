@@ -17,17 +17,24 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from safetensors.torch import load_file
 
 from looped_nbs.core.batch import Batch, Output
 from looped_nbs.core.config import Optim
 from looped_nbs.experiments import fastweight_protocol
-from looped_nbs.interop import chunked, counting, icl
-from looped_nbs.interop.adapt import build, give, take
+from looped_nbs.experiments.fastweight import ResidualNormBlock
+from looped_nbs.interop import chunked, counting, fastweight, icl
+from looped_nbs.interop.adapt import Move, build, give, take
+from looped_nbs.layers.attention import Attention
+from looped_nbs.layers.block import Block, FeedForward
+from looped_nbs.layers.fast_weights import SRWM, DeltaRule, ElementwiseLSTM, LinearAttention, RecurrentDelta
 from looped_nbs.layers.positions import build_positions
 from looped_nbs.ops.delta import DELTA
 from looped_nbs.ops.linear_attention import LINEAR_ATTENTION
 from looped_nbs.ops.operator import call, here
+from looped_nbs.ops.recurrent_delta import recurrent_delta
+from looped_nbs.ops.srwm import srwm
 from looped_nbs.tasks import (  # noqa: F401, register the tasks
     counting_modular,
     counting_shifted,
@@ -125,12 +132,6 @@ COUNTING_FILES = [
 NOT_BUILT = {
     'part 2': [
     ],
-    'part 3': _stems('linear_fwp', '''
-        layer_Attentionlayer layer_FastFFlayer layer_LinearAttentionlayer layer_QuasiLSTMlayer
-        layer_RecUpdateTanhFastFFlayer layer_SRWMlayer layer_TransformerFFlayers model_00_lstm
-        model_01_trafo model_02_deltanet model_07_recdelta model_08_linear model_09_own_trafo
-        model_10_quasi_lstm model_12_srwm op_rec op_srwm
-    '''),
     'part 4': _stems('timestep', '''
         alibi dp_eval dp_gpt dp_looped dp_time icl_looped icl_time lm_gpt lm_looped lm_time s2s_base
         s2s_looped s2s_time task_ed task_ed_cot task_knapsack task_lcs task_lis task_partial_sum
@@ -579,6 +580,113 @@ def check_bin_metric(case):
     case.close(torch.tensor(found[1:], dtype=torch.double), theirs[1:], 'accuracies')
 
 
+TIME_FIRST = 'batch heads time d -> batch time heads d'
+RECURRENT = {  # stem: function, pattern of each argument, arguments that are states
+    'op_rec': (recurrent_delta, dict.fromkeys(('qx', 'kx', 'vx'), TIME_FIRST)
+               | {'bx': 'batch heads time 1 -> batch time heads'}
+               | dict.fromkeys(('R_q', 'R_k', 'R_v'), '1 heads e m -> heads e m')
+               | {'r_b': '1 heads 1 e -> heads e'}, ['W0', 'h0']),
+    'op_srwm': (srwm, {'x': TIME_FIRST} | dict.fromkeys(('W_y', 'W_q', 'W_k', 'w_b'), 'b h e m -> b h e m'), []),
+}
+
+
+def check_recurrent_operator(case):
+    operator, patterns, states = RECURRENT[case.stem.removeprefix('linear_fwp/')]
+    leaves = {n: case[f'in.{n}'].requires_grad_() for n in (*patterns, *states)}
+    more = {'state': (leaves['W0'], leaves['h0'].squeeze(2))} if states else {}
+    for form in ('naive', 'auto'):
+        y = operator(*(rearrange(leaves[n], p) for n, p in patterns.items()), **more, impl=form)
+        y = rearrange(y, 'batch time heads d -> batch heads time d')
+        case.close(y, case['out.y'], f'{form}: out.y')
+        gradients = torch.autograd.grad(y, leaves.values(), case['in.grad_out'])
+        for name, gradient in zip(leaves, gradients, strict=True):
+            case.close(gradient, case[f'grad.{name}'], f'{form}: grad.{name}')
+
+
+class Silent(torch.nn.Module):
+    "In place of a part of a block: it adds nothing."
+    def forward(self, h, **_): return torch.zeros_like(h)
+
+
+class SilentMixer(Silent):
+    def forward(self, h, **_): return super().forward(h), None
+
+
+def _assert_layer(case, layer, moves, run):
+    "Output and gradients of a layer, whose tensors are time first there, agree."
+    params = case.part('param')
+    assert {m.theirs for m in moves} == set(params)
+    layer.load_state_dict(take(params, moves))
+    x = case['in.x'].requires_grad_()
+    y = run(x.transpose(0, 1)).transpose(0, 1)
+    case.close(y, case['out.y'], 'out.y')
+    (y * case['in.grad_out']).sum().backward()
+    case.close(x.grad, case['grad.x'], 'grad.x')
+    theirs = take({n: g for n, g in case.part('grad').items() if n != 'x'}, moves)
+    ours = {n: p.grad for n, p in layer.named_parameters()}
+    assert set(theirs) == set(ours)
+    for name, gradient in theirs.items(): case.close(ours[name], gradient, f'grad.{name}')
+
+
+def check_mixing_layer(case):
+    fields, kind = case.meta['ctor'], case.meta['cls']
+    d_model, n_heads = fields['in_dim'], fields['num_head']
+    mixer = {
+        'LinearAttentionlayer': lambda: LinearAttention(d_model, n_heads, normalise='none'),
+        'FastFFlayer': lambda: DeltaRule(d_model, n_heads),
+        'RecUpdateTanhFastFFlayer': lambda: RecurrentDelta(d_model, n_heads),
+        'Attentionlayer': lambda: Attention(d_model, n_heads, bias=False),
+        'SRWMlayer': lambda: SRWM(d_model, n_heads, 'softmax' if fields.get('use_input_softmax') else 'none'),
+    }[kind]()
+    block = (ResidualNormBlock if kind == 'SRWMlayer' else Block)(mixer, Silent(), d_model)
+    block.norm2 = torch.nn.Identity()
+    if not fields.get('use_ln', True): block.norm1 = torch.nn.Identity()
+    moves = fastweight.mixer_moves(case.part('param'), '', '', n_heads, kind == 'Attentionlayer')
+    _assert_layer(case, block, moves, lambda x: block(x)[0])
+
+
+def check_feedforward_layer(case):
+    d_model = case.meta['ctor']['res_dim']
+    block = Block(SilentMixer(), FeedForward(d_model, case.meta['ctor']['ff_dim']), d_model)
+    block.norm1 = torch.nn.Identity()
+    _assert_layer(case, block, fastweight.feedforward_moves('', ''), lambda x: block(x)[0])
+
+
+def check_elementwise_layer(case):
+    layer = ElementwiseLSTM(case.meta['ctor']['hidden_dim'], case.meta['ctor']['input_dim'])
+    layer.gate = torch.nn.Identity()  # part of the model there
+    moves = [move for theirs, ours in (('z', 'value'), ('f', 'forget')) for move in (
+        Move(f'wm_{theirs}', f'{ours}.weight'), Move(f'wv_{theirs}', f'w_{ours}', pattern='1 d -> d'),
+        Move(f'bias_{theirs}', f'{ours}.bias', pattern='1 d -> d'))]
+    _assert_layer(case, layer, moves, lambda x: layer.cells(x)[0])
+
+
+def check_fastweight_model(case):
+    fields = case.meta['ctor']
+    options = {'model_type': case.meta['model_type'], 'dropout': fields['dropout'],
+               'n_head': fields.get('num_head', fields.get('nheads')),
+               'remove_pos_enc': not fields.get('use_pos_enc', False),
+               'no_embedding': fields.get('no_embedding', False)}
+    adapted = fastweight.adapt(case.part('param'), options)
+    model = build(adapted).train()
+    _assert_moves(case, adapted, model)
+    assert sum(p.numel() for p in model.parameters()) == case.meta['num_params']
+    tokens, targets = case['in.src'], case['in.tgt']
+    if tokens.is_floating_point(): tokens = _tokens(tokens)
+    asked = targets != fields['out_vocab_size'] - 1
+    case.meta['parameters_without_gradient'] = case.meta['params_without_grad']
+    batch = Batch(tokens, targets, asked, asked, asked.sum(1))
+    output = _assert_training(case, adapted, model, batch, TokenClassification())
+    case.close(output.final, case['out.logits'], 'out.logits')
+    adam = build_optimiser(model, Optim(name='adam', lr=1e-2, betas=(.9, .995), eps=1e-9, clip_norm=0.))
+    for step, wanted in enumerate(case['out.loss_steps']):
+        adam.zero_grad()
+        total, count = TokenClassification().loss(model(batch), batch)
+        case.close(total / count, wanted, f'loss of step {step}')
+        (total / count).backward()
+        adam.step()
+
+
 BUILT = {
     **dict.fromkeys(_stems('chunked', '''
         transformer_prenorm_causal transformer_prenorm_full transformer_postnorm_causal
@@ -615,6 +723,17 @@ BUILT = {
         task_parity task_reset_dyck task_shuffle-2 task_shuffle-4 task_tomita-1 task_tomita-2 task_tomita-3
         task_tomita-4 task_tomita-5 task_tomita-6 task_tomita-7
     '''), check_language),
+    **dict.fromkeys(_stems('linear_fwp', 'op_rec op_srwm'), check_recurrent_operator),
+    **dict.fromkeys(_stems('linear_fwp', '''
+        layer_Attentionlayer layer_FastFFlayer layer_LinearAttentionlayer layer_RecUpdateTanhFastFFlayer
+        layer_SRWMlayer
+    '''), check_mixing_layer),
+    'linear_fwp/layer_TransformerFFlayers': check_feedforward_layer,
+    'linear_fwp/layer_QuasiLSTMlayer': check_elementwise_layer,
+    **dict.fromkeys(_stems('linear_fwp', '''
+        model_00_lstm model_01_trafo model_02_deltanet model_07_recdelta model_08_linear model_09_own_trafo
+        model_10_quasi_lstm model_12_srwm
+    '''), check_fastweight_model),
     'linear_fwp/dataset': check_paired_files,
     'linear_fwp/eval': check_bin_metric,
 }

@@ -12,11 +12,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ..core.errors import FieldError, InputError
 from ..core.registry import lookup
-from ..models import recurrent, transformer  # noqa: F401, they register the models
+from ..models import fast_weights, recurrent, transformer  # noqa: F401, they register the models
 from ..models.base import MODELS, SequenceModel
 
 # %% ../../nbs/07_interop/00_adapt.ipynb #01eaf71c
@@ -27,6 +28,19 @@ class Move:
     ours: str # name in the model's state dict
     turned: bool = False # is the matrix stored the other way round?
     piece: int | None = None # which of several equal blocks of rows of ours it is; None: all of it
+    pattern: str = '' # how entries are arranged anew, as einops writes it: theirs -> ours
+    sizes: tuple = () # names in the pattern and their sizes, such as (('heads', 8),)
+
+    def ahead(self, tensor):
+        "Theirs to ours."
+        tensor = tensor.mT if self.turned else tensor
+        return rearrange(tensor, self.pattern, **dict(self.sizes)) if self.pattern else tensor
+
+    def back(self, tensor):
+        "Ours to theirs."
+        pattern = ' -> '.join(reversed(self.pattern.split(' -> ')))
+        tensor = rearrange(tensor, pattern, **dict(self.sizes)) if pattern else tensor
+        return tensor.mT if self.turned else tensor
 
 # %% ../../nbs/07_interop/00_adapt.ipynb #376a82e8
 def take(
@@ -42,8 +56,7 @@ def take(
     taken = {}
     for m in where.values():
         if m.theirs not in tensors: continue
-        tensor = tensors[m.theirs].mT if m.turned else tensors[m.theirs]
-        taken.setdefault(m.ours, {})[m.piece] = tensor
+        taken.setdefault(m.ours, {})[m.piece] = m.ahead(tensors[m.theirs])
     whole = Counter(m.ours for m in where.values())
     for ours, pieces in taken.items():
         if len(pieces) < whole[ours]:
@@ -61,9 +74,9 @@ def give(
     pieces = Counter(m.ours for m in moves)
     rows = {m: tensors[m.ours] if m.piece is None else tensors[m.ours].chunk(pieces[m.ours])[m.piece]
             for m in moves}
-    return {m.theirs: rows[m].mT if m.turned else rows[m] for m in moves}
+    return {m.theirs: m.back(rows[m]) for m in moves}
 
-# %% ../../nbs/07_interop/00_adapt.ipynb #2ced3966
+# %% ../../nbs/07_interop/00_adapt.ipynb #a1fb0330
 @dataclass
 class Adapted:
     "A registered model that computes what a checkpoint computes."
@@ -73,7 +86,7 @@ class Adapted:
     moves: tuple[Move, ...] # where every tensor came from
     state: dict[str, Tensor] # its state dict
 
-# %% ../../nbs/07_interop/00_adapt.ipynb #ca3216d5
+# %% ../../nbs/07_interop/00_adapt.ipynb #5c365488
 def build(
     adapted: Adapted, # what an adapter returned
 ) -> SequenceModel: # the model, with the checkpoint's weights and their precision
@@ -84,7 +97,7 @@ def build(
     model.to(next(iter(adapted.state.values())).dtype).load_state_dict(adapted.state)
     return model
 
-# %% ../../nbs/07_interop/00_adapt.ipynb #d0e3de28
+# %% ../../nbs/07_interop/00_adapt.ipynb #54247934
 GPT2_PARTS = {
     'ln_1.': 'norm1.', 'attn.c_attn.': 'mixer.qkv.', 'attn.c_proj.': 'mixer.out.',
     'ln_2.': 'norm2.', 'mlp.c_fc.': 'feedforward.0.', 'mlp.c_proj.': 'feedforward.3.',
@@ -101,7 +114,7 @@ def layer_moves(
     return [Move(f'{prefix}{i}.{a}{kind}', f'{where}.{i}.{b}{kind}', kind == 'weight' and a in turned)
         for i in range(n_layers) for a, b in parts.items() for kind in ('weight', 'bias')]
 
-# %% ../../nbs/07_interop/00_adapt.ipynb #54247934
+# %% ../../nbs/07_interop/00_adapt.ipynb #52a3b956
 def recurrent_moves(
     params: dict[str, Tensor], # weights of a checkpoint
     prefix: str, # name of PyTorch's recurrent network in it
@@ -117,7 +130,7 @@ def count_layers(
     "Count the layers of a checkpoint by their names."
     return len({n.removeprefix(prefix).split('.')[0] for n in params if n.startswith(prefix)})
 
-# %% ../../nbs/07_interop/00_adapt.ipynb #13a43fbf
+# %% ../../nbs/07_interop/00_adapt.ipynb #65226cc3
 def only(
     config: dict, # settings of a checkpoint
     **known: object, # the one value of a setting that has a counterpart here

@@ -21,12 +21,14 @@ class Recurrent(Mixer):
         d_model: int, # width of input and state
         n_layers: int = 1, # networks on top of each other
         dropout: float = 0., # between them, a probability
+        d_in: int | None = None, # width of the input where it is another one
         **core_args: object, # further arguments of the network
     ):
         super().__init__()
         if at_least('n_layers', n_layers, 1) > 1000: raise FieldError('n_layers', n_layers, 'at most 1,000')
         dropout = dropout if n_layers > 1 else 0.
-        self.net = self.core(d_model, d_model, n_layers, batch_first=True, dropout=dropout, **core_args)
+        d_in = d_model if d_in is None else d_in
+        self.net = self.core(d_in, d_model, n_layers, batch_first=True, dropout=dropout, **core_args)
 
     def forward(self, x, *, context=None, mask=None, positions=None, state=None): return self.net(x, state)
 
@@ -42,7 +44,8 @@ class ReluRNN(Recurrent):
         d_model: int, # width of input and state
         n_layers: int = 1, # networks on top of each other
         dropout: float = 0., # between them, a probability
-    ): super().__init__(d_model, n_layers, dropout, nonlinearity='relu')
+        d_in: int | None = None, # width of the input where it is another one
+    ): super().__init__(d_model, n_layers, dropout, d_in, nonlinearity='relu')
 
 @register_mixer('lstm')
 class LSTM(Recurrent):

@@ -48,11 +48,13 @@ class Operator:
         self.checked, found = {}, {}
         for i, name in enumerate(self.arguments):
             for axis, word in enumerate(self.words[name]): found.setdefault(word, (i, axis))
-        self.origin = found # word to the argument and axis that it is read from
+        self.fixed = {w: int(w) for words in self.words.values() for w in words if w.isdigit()}
+        self.origin = {w: at for w, at in found.items() if w not in self.fixed} # word to argument and axis
         self.op, self.backward_op = _register(self)
         OPERATORS[self.name] = self
 
-    def sizes(self, tensors): return {w: tensors[i].shape[axis] for w, (i, axis) in self.origin.items()}
+    def sizes(self, tensors):
+        return {w: tensors[i].shape[axis] for w, (i, axis) in self.origin.items()} | self.fixed
 
 # %% ../../nbs/01_ops/01_operator.ipynb #8023a218
 def check(
@@ -60,7 +62,7 @@ def check(
     tensors: tuple, # inputs and states; a state may be absent
 ) -> dict[str, int]: # sizes by word
     "Refuse tensors of a wrong rank, size, type or device."
-    sizes, first = {}, tensors[0]
+    sizes, first = dict(operator.fixed), tensors[0]
     for name, x in zip(operator.arguments, tensors, strict=True):
         if x is None and name in operator.states: continue
         if not isinstance(x, Tensor):
@@ -84,6 +86,7 @@ def _wrong_shape(operator, name, x, sizes):
     words = operator.words[name]
     if len(words) != x.dim(): known = {}
     else: known = {w: n for w, n in sizes.items() if w in words}
+    known = {w: n for w, n in known.items() if w not in operator.fixed}
     wanted = ', '.join(f'{w} {known[w]}' if w in known else w for w in words)
     return FieldError(f'{operator.name}.{name}', tuple(x.shape), f'({wanted})')
 
@@ -244,7 +247,7 @@ def _register(operator):
         new = [_empty(like, sizes, operator.words['y'])]
         new += [_empty(like, sizes, operator.words[w], _state_dtype(like.dtype)) for w in operator.states]
         kept = [_empty(like, sizes, operator.words[w], _state_dtype(like.dtype)) for w in operator.keeps]
-        return *new, *(kept if keep else [like.new_empty(0)] * len(kept))
+        return *new, *(kept if keep else [like.new_empty(0) for _ in kept])
     def shape_back(*args):
         return whole([None if x is None else x.new_empty(x.shape) for x in args[:n]], args[0])
     def remember(ctx, inputs, output):
@@ -336,7 +339,7 @@ def draw(
     seed: int = 0, # of the random numbers
 ) -> tuple[list, list]: # inputs and states
     "Draw arguments of an operator, with random states."
-    sizes = dict(zip(('batch', 'time', 'heads', 'd_k', 'd_v'), shape, strict=True))
+    sizes = dict(zip(('batch', 'time', 'heads', 'd_k', 'd_v'), shape, strict=True)) | operator.fixed
     generator = torch.Generator().manual_seed(seed)
     inputs = [x.to(dtype) for x in operator.sample(sizes, generator)]
     states = [torch.randn([sizes[w] for w in words.split()], generator=generator, dtype=torch.float64)

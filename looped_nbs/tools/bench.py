@@ -21,8 +21,11 @@ from ..evaluation.report import table
 from ..experiments.run import MODELS, TASKS
 from ..ops.build import fma_rate
 from ..ops.delta import DELTA
+from ..ops.elementwise_lstm import ELEMENTWISE_LSTM
 from ..ops.linear_attention import LINEAR_ATTENTION
 from ..ops.operator import Operator, call, choose
+from ..ops.recurrent_delta import RECURRENT_DELTA
+from ..ops.srwm import SRWM
 from ..tasks.counting_lines import families
 from ..training.callbacks import MetricLog
 from ..training.loop import Trainer
@@ -110,6 +113,8 @@ def _others(operator, length):
     "The forms to compare with: the definition only where there is no chunk form, or time for it."
     return ('auto', 'chunk', 'naive') if length <= 256 or not operator.chunk else ('auto', 'chunk')
 
+_OPERATORS = LINEAR_ATTENTION, DELTA, RECURRENT_DELTA, SRWM, ELEMENTWISE_LSTM
+
 def bench_ops(
     lengths: tuple = (64, 256, 512, 1024), # time steps
     threads: int = 2, # as many as there are, at most
@@ -118,7 +123,7 @@ def bench_ops(
     old = torch.get_num_threads()
     torch.set_num_threads(min(threads, os.cpu_count()))
     try:
-        return [bench_operator(operator, *case) for operator in (LINEAR_ATTENTION, DELTA) for case in
+        return [bench_operator(operator, *case) for operator in _OPERATORS for case in
                 (*((n, 32, _others(operator, n)) for n in lengths), (256, 64, _others(operator, 512)),
                  (4096, 32, ('auto',)))]
     finally: torch.set_num_threads(old)

@@ -19,8 +19,11 @@ from .. import __version__
 from ..evaluation.report import table
 from ..ops.build import Unavailable, cache_folder, compiler, cuda_check, isa
 from ..ops.delta import DELTA
+from ..ops.elementwise_lstm import ELEMENTWISE_LSTM
 from ..ops.linear_attention import LINEAR_ATTENTION
 from ..ops.operator import forms
+from ..ops.recurrent_delta import RECURRENT_DELTA
+from ..ops.srwm import SRWM
 
 # %% ../../nbs/09_tools/02_doctor.ipynb #d8e3bfef
 EXTRAS = {'track': ('wandb',), 'data': ('datasets', 'tokenizers', 'sacrebleu', 'sklearn'), 'sweep': ('ray',),
@@ -38,7 +41,7 @@ def _operators():
     "The form of each operator that runs here, by device, with the reason where it is a slower one."
     def text(row): return row['form'] + (f" ({row['reason']})" if row['reason'] else '')
     by_device = {}
-    for row in forms((LINEAR_ATTENTION, DELTA)):
+    for row in forms((LINEAR_ATTENTION, DELTA, RECURRENT_DELTA, SRWM, ELEMENTWISE_LSTM)):
         by_device.setdefault(row['device'], {})[row['operator']] = text(row)
     return by_device
 

@@ -1,0 +1,127 @@
+// Element-wise LSTM on the CPU. A tile of a few registers of channels, which may belong to several heads, goes through
+// time: wide enough that the gates of one register need not wait for those of another.
+#include "elementwise_lstm.h"
+#include "sweeps.h"
+
+namespace {
+
+constexpr int kRegisters = NBS_REGISTERS / 8;
+
+// Registers of channels of one example: each belongs to one head.
+template <class T, int W> struct Channels {
+  const Tensor* t;
+  int64_t b, h[kRegisters];
+  int first[kRegisters], n[kRegisters], count;
+
+  Channels(const Tensor* t, int64_t b, int tile, int heads, int dim) : t(t), b(b), count(0) {
+    const int each = (dim + W - 1) / W;
+    for (int i = tile * kRegisters; i < (tile + 1) * kRegisters && i < each * heads; i++, count++) {
+      h[count] = i / each;
+      first[count] = i % each * W;
+      n[count] = dim - first[count] < W ? dim - first[count] : W;
+    }
+  }
+  static V<T, W> get(const T* from, int64_t stride, int n) {
+    if (from && stride == 1 && n == W) return load<T, W>(from);
+    T buffer[W];
+    read(buffer, W, from, stride, n);
+    return load<T, W>(buffer);
+  }
+  static void put(T* to, int64_t stride, const V<T, W>& x, int n) {
+    if (to && stride == 1 && n == W) return store<T, W>(to, x);
+    T buffer[W];
+    store<T, W>(buffer, x);
+    write(to, stride, buffer, n);
+  }
+  static T* move(T* p, int64_t by) { return p ? p + by : p; }
+
+  // Register i of a tensor (batch, time, heads, dim), (batch, heads, dim) or (heads, dim)
+  T* step(int at, int time, int i) const { return move(t[at].at<T>(b, time, h[i]), first[i] * t[at].stride[3]); }
+  T* state(int at, int i) const { return move(t[at].at<T>(b, h[i]), first[i] * t[at].stride[2]); }
+  T* weight(int at, int i) const { return move(t[at].at<T>(h[i], 0), first[i] * t[at].stride[1]); }
+};
+
+struct Call {
+  const Tensor* t;
+  int batch, time, heads, dim, threads;
+
+  template <class T, int W, class F> int each_tile(const F& f) const {
+    const int tiles = (heads * ((dim + W - 1) / W) + kRegisters - 1) / kRegisters;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t item = 0; item < int64_t(batch) * tiles; item++)
+      f(Channels<T, W>(t, item / tiles, item % tiles, heads, dim));
+    return 0;
+  }
+};
+
+// Tensors: z f w_z w_f c0 | c final before
+struct Forward : Call {
+  template <class T, int W> int run() const {
+    return each_tile<T, W>([this](const Channels<T, W>& at) {
+      V<T, W> c[kRegisters], w_z[kRegisters], w_f[kRegisters];
+      for (int i = 0; i < at.count; i++) {
+        c[i] = at.get(at.state(4, i), t[4].stride[2], at.n[i]);
+        w_z[i] = at.get(at.weight(2, i), t[2].stride[1], at.n[i]);
+        w_f[i] = at.get(at.weight(3, i), t[3].stride[1], at.n[i]);
+      }
+      for (int step = 0; step < time; step++)
+        for (int i = 0; i < at.count; i++) {
+          if (t[7].address) at.put(at.step(7, step, i), t[7].stride[3], c[i], at.n[i]);
+          const V<T, W> z = at.get(at.step(0, step, i), t[0].stride[3], at.n[i]) + w_z[i] * c[i];
+          const V<T, W> f = at.get(at.step(1, step, i), t[1].stride[3], at.n[i]) + w_f[i] * c[i];
+          c[i] = elementwise_lstm_cell(c[i], hyperbolic<T, W>(z), logistic<T, W>(f));
+          at.put(at.step(5, step, i), t[5].stride[3], c[i], at.n[i]);
+        }
+      for (int i = 0; i < at.count; i++) at.put(at.state(6, i), t[6].stride[2], c[i], at.n[i]);
+    });
+  }
+};
+
+// Tensors: z f w_z w_f c0, final before | dc dfinal | dz df dw_z dw_f dc0
+struct Backward : Call {
+  template <class T, int W> int run() const {
+    return each_tile<T, W>([this](const Channels<T, W>& at) {
+      V<T, W> carry[kRegisters], w_z[kRegisters], w_f[kRegisters], dw_z[kRegisters] = {}, dw_f[kRegisters] = {};
+      for (int i = 0; i < at.count; i++) {
+        carry[i] = at.get(at.state(8, i), t[8].stride[2], at.n[i]);
+        w_z[i] = at.get(at.weight(2, i), t[2].stride[1], at.n[i]);
+        w_f[i] = at.get(at.weight(3, i), t[3].stride[1], at.n[i]);
+      }
+      for (int step = time - 1; step >= 0; step--)
+        for (int i = 0; i < at.count; i++) {
+          const V<T, W> c = at.get(at.step(6, step, i), t[6].stride[3], at.n[i]);
+          const V<T, W> z = hyperbolic<T, W>(at.get(at.step(0, step, i), t[0].stride[3], at.n[i]) + w_z[i] * c);
+          const V<T, W> f = logistic<T, W>(at.get(at.step(1, step, i), t[1].stride[3], at.n[i]) + w_f[i] * c);
+          const V<T, W> g = carry[i] + at.get(at.step(7, step, i), t[7].stride[3], at.n[i]);
+          V<T, W> dz, df;
+          carry[i] = elementwise_lstm_backward(c, z, f, w_z[i], w_f[i], g, dz, df);
+          dw_z[i] += dz * c;
+          dw_f[i] += df * c;
+          at.put(at.step(9, step, i), t[9].stride[3], dz, at.n[i]);
+          at.put(at.step(10, step, i), t[10].stride[3], df, at.n[i]);
+        }
+      for (int i = 0; i < at.count; i++) {
+        at.put(at.state(11, i), t[11].stride[2], dw_z[i], at.n[i]);
+        at.put(at.state(12, i), t[12].stride[2], dw_f[i], at.n[i]);
+        at.put(at.state(13, i), t[13].stride[2], carry[i], at.n[i]);
+      }
+    });
+  }
+};
+
+template <class Pass, class T> int call(const Tensor* tensors, const int64_t* sizes, int64_t threads) {
+  Pass pass;
+  static_cast<Call&>(pass) = {tensors, int(sizes[0]), int(sizes[1]), int(sizes[2]), int(sizes[3]), int(threads)};
+  return with_lanes<T>(pass.dim, pass);
+}
+
+}  // namespace
+
+#define NBS_KERNEL(name, pass, type) \
+  NBS_EXPORT int name(const Tensor* tensors, const int64_t* sizes, int64_t threads) { \
+    return call<pass, type>(tensors, sizes, threads); \
+  }
+NBS_KERNEL(elementwise_lstm_forward_float32, Forward, float)
+NBS_KERNEL(elementwise_lstm_forward_float64, Forward, double)
+NBS_KERNEL(elementwise_lstm_backward_float32, Backward, float)
+NBS_KERNEL(elementwise_lstm_backward_float64, Backward, double)
