@@ -61,6 +61,7 @@ def values(name, field):
     if short == 'ramps': return st.lists(st.one_of(ramp, ramp, junk), max_size=2)
     if kind.startswith('tuple'): return st.lists(real, min_size=1, max_size=3)
     if name == 'train.steps': return listed(st.one_of(st.sampled_from(['0', '-1']), junk))
+    if name == 'train.epochs': return listed(st.one_of(st.just('-1'), junk))  # others are more than one step
     if name in SLOW: return listed(tiny)
     if 'int' in kind: return listed(st.one_of(whole, st.just('none')) if 'None' in kind else whole)
     if 'float' in kind: return listed(real)
@@ -74,6 +75,7 @@ def likely(name, field):
     if short in NAMED: return listed(st.sampled_from(sorted(NAMED[short])))
     if short == 'ramps': return st.lists(ramp, max_size=1)
     if kind.startswith('tuple'): return st.just(list(map(str, default)))
+    if name == 'train.epochs': return listed(st.just('0'))
     if name in SLOW: return listed(st.sampled_from(['1'] if name == 'train.steps' else ['1', '2']))
     if 'int' in kind:
         near = {1, 2, 4, 8, 16, 200} | ({default, default // 2, default - 1, default + 1, 2 * default}

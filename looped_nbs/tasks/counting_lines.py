@@ -70,6 +70,7 @@ class CountingTask(Task):
         self.share = at_least('auxiliary_ratio', auxiliary_ratio, 0) / (1 + auxiliary_ratio)
         self.letters = LETTERS if many_letters else self.letters
         self.symbols = self.answers = self._vocabulary()
+        if helper and helper not in self.symbols: raise FieldError('helper', helper, '<pad> or none here')
         self.index = {word: i for i, word in enumerate(self.symbols)} | {'-1': -1}
         self.data_dir = data_dir
         super().__init__(coding=coding, **fields)
