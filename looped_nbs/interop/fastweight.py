@@ -64,7 +64,8 @@ def _skeleton(params, config, model):
         moves += feedforward_moves(feedforward, ours)
     d_in, d_model = params['embedding.weight'].shape
     fields = {'d_model': d_model, 'n_layers': n_layers, 'n_heads': n_heads,
-              'dropout': config.get('dropout', 0.), 'd_ff': params[f'layers.{1 + positions}.linear1.bias'].shape[0],
+              'dropout': config.get('dropout', 0.),
+              'd_ff': params[f'layers.{1 + positions}.linear1.bias'].shape[0],
               'positions': 'sinusoidal' if positions else 'none'}
     sizes = d_in, params['out_layer.bias'].shape[0], False
     return Adapted(model, sizes, fields, tuple(moves), take(params, moves, again))

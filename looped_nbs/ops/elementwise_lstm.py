@@ -39,7 +39,8 @@ _TOKEN, _CHANNEL = 'batch time heads d_k', 'heads d_k'
 _SUMMED = dict.fromkeys(('w_z', 'w_f'), f'batch {_CHANNEL}')
 ELEMENTWISE_LSTM = Operator('elementwise_lstm', 'elementwise_lstm',
     inputs={'z': _TOKEN, 'f': _TOKEN, 'w_z': _CHANNEL, 'w_f': _CHANNEL}, states={'c': f'batch {_CHANNEL}'},
-    output=_TOKEN, naive=elementwise_lstm_naive, keeps={'before': _TOKEN}, partial={'cpu': _SUMMED, 'cuda': _SUMMED},
+    output=_TOKEN, naive=elementwise_lstm_naive, keeps={'before': _TOKEN},
+    partial={'cpu': _SUMMED, 'cuda': _SUMMED},
     flops=lambda sizes: (30 * sizes['d_k'], 80 * sizes['d_k']), sample=_sample)
 
 def elementwise_lstm(
