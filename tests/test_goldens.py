@@ -586,8 +586,8 @@ RECURRENT = {  # stem: function, pattern of each argument, arguments that are st
                | {'bx': 'batch heads time 1 -> batch time heads'}
                | dict.fromkeys(('R_q', 'R_k', 'R_v'), '1 heads e m -> heads e m')
                | {'r_b': '1 heads 1 e -> heads e'}, ['W0', 'h0']),
-    'op_srwm': (srwm, {'x': TIME_FIRST}
-                | dict.fromkeys(('W_y', 'W_q', 'W_k', 'w_b'), 'b h e m -> b h e m'), []),
+    'op_srwm': (srwm, {'x': TIME_FIRST} | dict.fromkeys(('W_y', 'W_q', 'W_k', 'w_b'), 'b h e m -> b h e m'),
+                []),
 }
 
 

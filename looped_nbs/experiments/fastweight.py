@@ -46,7 +46,8 @@ def _register():
     models = {'': MODELS['recurrent_deltanet']} | {f'/{name}': model for name, model in MODELS.items()}
     for language in LANGUAGES:
         for name, model in models.items():
-            described = f'{language.replace("_", " ")}, strings up to 50; {name.strip("/") or "recurrent_deltanet"}'
+            model_name = name.strip('/') or 'recurrent_deltanet'
+            described = f'{language.replace("_", " ")}, strings up to 50; {model_name}'
             register_preset(f'fastweight/{language}{name}', described,
                             task={'name': f'language_{language}'}, model=model, optim=_ADAM,
                             train={'steps': 47_100, 'batch_size': 64}, evaluate={'every': 5})
@@ -55,7 +56,7 @@ _register()
 
 # %% ../../nbs/08_experiments/03b_fastweight.ipynb #6eef6163
 _SMOKE = {'model.d_model': 32, 'task.max_length': 10, 'task.test_length': 40, 'task.train_size': 0,
-          'task.val_size': 64, 'task.test_size': 64, 'optim.lr': 3e-3, 'train.steps': 100, 'train.batch_size': 32,
-          'evaluate.examples': 64, 'evaluate.every': 3}
+          'task.val_size': 64, 'task.test_size': 64, 'optim.lr': 3e-3, 'train.steps': 100,
+          'train.batch_size': 32, 'evaluate.examples': 64, 'evaluate.every': 3}
 register_study('fastweight', 'which fast-weight memories compute parity beyond training (Irie et al.)',
                smoke=[(f'fastweight/parity/{model}', _SMOKE) for model in ('recurrent_deltanet', 'deltanet')])

@@ -30,7 +30,8 @@ def mixer_moves(
     attention: bool = False, # is it softmax attention?
 ) -> list[Move]: # all tensors of the layer
     "Move the tensors of one mixer of the study, with its norm."
-    places = {'layer_norm.weight': 'norm1.weight', 'layer_norm.bias': 'norm1.bias', 'out_linear.weight': 'mixer.out.weight'}
+    places = {'layer_norm.weight': 'norm1.weight', 'layer_norm.bias': 'norm1.bias',
+              'out_linear.weight': 'mixer.out.weight'}
     moves = [Move(theirs + a, ours + b) for a, b in places.items()]
     slow, by_head = f'{theirs}slow_net.weight', {'pattern': '(heads part d) m -> (part heads d) m',
                                                  'sizes': (('heads', n_heads), ('part', 3))}
@@ -62,7 +63,8 @@ def _skeleton(params, config, model):
         moves += mixer_moves(params, mixer, ours, n_heads, model == 'softmax_transformer')
         moves += feedforward_moves(feedforward, ours)
     d_in, d_model = params['embedding.weight'].shape
-    fields = {'d_model': d_model, 'n_layers': n_layers, 'n_heads': n_heads, 'dropout': config.get('dropout', 0.),
+    fields = {'d_model': d_model, 'n_layers': n_layers, 'n_heads': n_heads,
+              'dropout': config.get('dropout', 0.),
               'd_ff': params[f'layers.{1 + positions}.linear1.bias'].shape[0],
               'positions': 'sinusoidal' if positions else 'none'}
     sizes = d_in, params['out_layer.bias'].shape[0], False
@@ -72,12 +74,13 @@ def _skeleton(params, config, model):
 def _encoder(params, config, model):
     prefix = 'transformer.layers.'
     (d_in, d_model), n_layers = params['embedding.weight'].shape, count_layers(params, prefix)
-    moves = [Move('embedding.weight', 'embed.weight'), *_pair('linear', 'head'), *layer_moves(n_layers, prefix, TORCH_PARTS),
-             *_pair('transformer.norm', 'loop.body.norm')]
+    moves = [Move('embedding.weight', 'embed.weight'), *_pair('linear', 'head'),
+             *_pair('transformer.norm', 'loop.body.norm'), *layer_moves(n_layers, prefix, TORCH_PARTS)]
     fields = {'d_model': d_model, 'n_layers': n_layers, 'n_heads': need(config, 'n_head'),
               'd_ff': params[f'{prefix}0.linear1.bias'].shape[0]}
     only(config, dropout=0.)  # it drops attention weights too, which ours does not
-    return Adapted(model, (d_in, params['linear.bias'].shape[0], False), fields, tuple(moves), take(params, moves))
+    sizes = d_in, params['linear.bias'].shape[0], False
+    return Adapted(model, sizes, fields, tuple(moves), take(params, moves))
 
 # %% ../../nbs/07_interop/04_fastweight.ipynb #48c44b64
 def _recurrent(params, config, model):
@@ -92,8 +95,8 @@ def _recurrent(params, config, model):
                       Move(f'rnn_func.wv_{theirs}', f'{where}.w_{ours}', pattern='1 d -> d'),
                       Move(f'rnn_func.bias_{theirs}', f'{where}.{ours}.bias', pattern='1 d -> d')]
         moves += _pair('output_gate', f'{where}.gate')
-    (d_out, d_model), first = params['out_layer.weight'].shape, {'lstm': 'weight_ih_l0', 'elementwise_lstm': 'wm_z'}[model]
-    read = params[f'rnn_func.{first}'].shape[1]
+    d_out, d_model = params['out_layer.weight'].shape
+    read = params['rnn_func.weight_ih_l0' if model == 'lstm' else 'rnn_func.wm_z'].shape[1]
     fields = {'d_model': d_model, 'd_embed': read if embedded else 0, 'head_bias': True, 'init': 'none'}
     if model == 'lstm': fields['n_layers'] = count_layers(params, 'rnn_func.weight_hh_l')
     d_in = len(params['embedding.weight']) if embedded else read
@@ -110,4 +113,5 @@ def adapt(
     how = {0: _recurrent, 10: _recurrent, 1: _encoder}.get(kind, _skeleton)
     try: return how(params, config, NAMES[kind])
     except KeyError as e:
-        raise FieldError('checkpoint', next(iter(params), None), f'the state dict of a network {kind}, with {e}') from None
+        allowed = f'the state dict of a network {kind}, with {e}'
+        raise FieldError('checkpoint', next(iter(params), None), allowed) from None

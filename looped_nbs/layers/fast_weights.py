@@ -98,7 +98,7 @@ class LinearAttention(FastWeights):
     def forward(self, x, *, context=None, mask=None, positions=None, state=None):
         q, k, v = self.split(x)
         q, k = (self.normalise(self.map(u)) for u in (q, k))
-        if self.means: v = F.pad(v, (0, 1), value=1.)  # the sum of the weights, as one more feature of the values
+        if self.means: v = F.pad(v, (0, 1), value=1.)  # the sum of the weights, as one more feature
         y, state = linear_attention(q, k, v, state=state, return_state=True)
         if self.means: y = y[..., :-1] / y[..., -1:].clamp_min(1e-6)
         return self.out(y.flatten(2)), state
@@ -143,8 +143,8 @@ class RecurrentDelta(FastWeights):
 
     def forward(self, x, *, context=None, mask=None, positions=None, state=None):
         q, k, v, beta = self.split(x)
-        y, state = recurrent_delta(q, k, v, beta[..., 0], self.R_q, self.R_k, self.R_v, self.r_beta, state=state,
-                                   return_state=True)
+        weights = self.R_q, self.R_k, self.R_v, self.r_beta
+        y, state = recurrent_delta(q, k, v, beta[..., 0], *weights, state=state, return_state=True)
         return self.out(y.flatten(2)), state
 
 def _normal(heads, d, *more, mean=0., scale=1.):
@@ -169,8 +169,9 @@ class SRWM(FastWeights):
 
     def forward(self, x, *, context=None, mask=None, positions=None, state=None):
         slices = self.map(x.unflatten(-1, (self.n_heads, -1)))
-        if state is None: state = [W.expand(len(x), *W.shape) for W in (self.W_y, self.W_q, self.W_k, self.w_b)]
-        y, state = srwm(slices, *state, return_state=True)
+        trained = self.W_y, self.W_q, self.W_k, self.w_b
+        blocks = [W.expand(len(x), *W.shape) for W in trained] if state is None else state
+        y, state = srwm(slices, *blocks, return_state=True)
         return self.out(y.flatten(2)), state
 
 # %% ../../nbs/02_layers/06_fast_weights.ipynb #d6deee84
@@ -196,7 +197,8 @@ class ElementwiseLSTM(Mixer):
     ) -> tuple[Tensor, Tensor]: # cells (batch, time, d_model) and the last one
         "Run the recurrence without the output gate."
         z, f = (linear(x)[:, :, None] for linear in (self.value, self.forget))
-        c, state = elementwise_lstm(z, f, self.w_value[None], self.w_forget[None], state=state, return_state=True)
+        w_z, w_f = self.w_value[None], self.w_forget[None]
+        c, state = elementwise_lstm(z, f, w_z, w_f, state=state, return_state=True)
         return c[:, :, 0], state
 
     def forward(self, x, *, context=None, mask=None, positions=None, state=None):

@@ -42,11 +42,13 @@ class FastWeightModel(SequenceModel):
     ):
         for name, value in (('d_model', d_model), ('n_layers', n_layers)): at_least(name, value, 1)
         if not 0 <= dropout < 1: raise FieldError('dropout', dropout, 'a probability in [0, 1)')
-        scheme, d_ff = build_positions(positions, d_model, n_heads, max_len, ids), 4 * d_model if d_ff is None else d_ff
+        scheme = build_positions(positions, d_model, n_heads, max_len, ids)
+        d_ff = 4 * d_model if d_ff is None else d_ff
         scheme.input_scale = 1.
         wanted = {'n_heads': n_heads, 'relative': scheme.per_layer(), **(mixing or {})}
-        layers = [self.block(build_mixer(self.mixer, d_model, **wanted), FeedForward(d_model, d_ff, dropout=dropout),
-                             d_model, dropout=dropout) for _ in range(n_layers)]
+        layers = [self.block(build_mixer(self.mixer, d_model, **wanted),
+                             FeedForward(d_model, d_ff, dropout=dropout), d_model, dropout=dropout)
+                  for _ in range(n_layers)]
         super().__init__(d_in, d_out, features, d_model, Loop(Stack(layers, scheme, dropout=dropout)), True)
         self.positions.reset()
 
@@ -136,6 +138,7 @@ class ElementwiseLSTMModel(RecurrentModel):
         d_model: int = 64, # number of channels
         d_embed: int | None = None, # width of the embedding; none: d_model; 0: one-hot vectors instead
         head_bias: bool = True, # does the head have a bias?
-        init: str = 'none', # initial weights of embedding, gates and head: gpt2, torch, or as they are drawn: none
+        init: str = 'none', # initial weights: gpt2, torch, or as they are drawn: none
     ):
-        super().__init__(d_in, d_out, features, d_model=d_model, d_embed=d_embed, head_bias=head_bias, init=init)
+        fields = {'d_model': d_model, 'd_embed': d_embed, 'head_bias': head_bias, 'init': init}
+        super().__init__(d_in, d_out, features, **fields)
