@@ -206,8 +206,9 @@ def measure(
 def label(
     experiment: Experiment, # what was run
 ) -> str: # a short name for tables and legends
-    "Name a model with what distinguishes it: its mixer and its positions."
+    "Name a model with what distinguishes it: its mixer, its largest rate and its positions."
     kwargs, name = experiment.model.kwargs, experiment.model.name
+    if kwargs.get('beta_max', 1) != 1: name += f', rates to {kwargs["beta_max"]:g}'
     if kwargs.get('mixer', 'attention') != 'attention': name += f', {kwargs["mixer"]}'
     return name + (f', {kwargs["positions"]}' if kwargs.get('positions', 'none') != 'none' else '')
 
@@ -265,6 +266,11 @@ def load(
     return folder, experiment, *build(experiment)
 
 # %% ../../nbs/08_experiments/05_run.ipynb #fc7cfcfc
+def _curve(metrics, score, points=50):
+    "Step, loss and headline metric of about so many lines of the log: the learning curve."
+    lines = [m for m in metrics if 'loss' in m]
+    return [{k: m[k] for k in ('step', 'loss', score)} for m in lines[::max(1, len(lines) // points)]]
+
 def _callbacks(exp, folder, first):
     "What happens beside training; only the first of several processes writes and shows."
     callbacks = [MetricLog(folder)]
@@ -282,7 +288,8 @@ def _go(trainer, folder):
         if not fit(trainer, _callbacks(exp, folder, trainer.first)) or not trainer.first: return None
         if exp.evaluate.select == 'best': folder.load_checkpoint(model, name='best')
         spent = {'steps': trainer.step, 'seconds': round(trainer.seconds, 1)}
-        run = Run(folder.path, measure(exp, task, model, exp.evaluate) | spent)
+        learnt = {'curve': _curve(folder.metrics(), task.objective.score)}
+        run = Run(folder.path, measure(exp, task, model, exp.evaluate) | spent | learnt)
         save(run)
         return run
     finally: folder.unlock()
