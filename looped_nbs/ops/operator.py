@@ -427,6 +427,7 @@ def check_compiled(
             y, final = call(operator, x[:n], x[n] if single else x[n:], True, form)
             return y, *([final] if single else final)
         assert torch.autograd.gradcheck(run, leaves)
+        if form not in COMPILED: continue # plain PyTorch is PyTorch's own to trace
         traced = torch.compile(run, backend='aot_eager', fullgraph=True)
         torch.testing.assert_close(traced(*leaves), run(*leaves))
         a, b = (torch.autograd.grad(sum(o.square().sum() for o in f(*leaves)), leaves) for f in (traced, run))
