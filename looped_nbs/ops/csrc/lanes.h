@@ -116,6 +116,13 @@ template <bool Write = false, class T> NBS_SHARED void ahead(const T* row, int n
   for (int i = 0; i < n; i += 64 / int(sizeof(T))) __builtin_prefetch(row + i, Write);
 }
 
+// The same for the second cache: rows asked for 12 steps ahead, of many tensors whose addresses differ by a power of two,
+// push each other out of the first.
+template <bool Write = false, class T> NBS_SHARED void soon(const T* row, int n) {
+  if (!row) return;
+  for (int i = 0; i < n; i += 64 / int(sizeof(T))) __builtin_prefetch(row + i, Write, 2);
+}
+
 constexpr int round_up(int n, int step) { return (n + step - 1) / step * step; }
 
 // Call f.template run<T, W, N>() with the narrowest slab of N registers of W lanes that suits n columns.

@@ -54,9 +54,9 @@ struct Forward : Call {
       for (int s = 0; s < Steps; s++) {
         const bool real = step + s < time;
         if (step + s + kAhead < time) {
-          for (int i = 0; i < 2; i++) ahead(t[i].at<T>(b, step + s + kAhead, h), d_k);
-          ahead(t[2].at<T>(b, step + s + kAhead, h) + first, columns);
-          ahead<true>(t[4].at<T>(b, step + s + kAhead, h) + first, columns);
+          for (int i = 0; i < 2; i++) soon(t[i].at<T>(b, step + s + kAhead, h), d_k);
+          soon(t[2].at<T>(b, step + s + kAhead, h) + first, columns);
+          soon<true>(t[4].at<T>(b, step + s + kAhead, h) + first, columns);
         }
         read(q[s], d_k, real ? t[0].at<T>(b, step + s, h) : nullptr, t[0].stride[3], d_k);
         read(k[s], d_k, real ? t[1].at<T>(b, step + s, h) : nullptr, t[1].stride[3], d_k);
@@ -99,10 +99,10 @@ struct Backward : Call {
     }
     for (int step = time - 1; step >= 0; step--) {
       if (step >= kAhead) {
-        for (int i : {0, 1}) ahead(t[i].at<T>(b, step - kAhead, h), d_k);
-        for (int i : {7, 8}) ahead<true>(t[i].at<T>(b, step - kAhead, h), d_k);
-        for (int i : {2, 5}) ahead(part(i, t[i].at<T>(b, step - kAhead, h)), columns);
-        ahead<true>(part(9, t[9].at<T>(b, step - kAhead, h)), columns);
+        for (int i : {0, 1}) soon(t[i].at<T>(b, step - kAhead, h), d_k);
+        for (int i : {7, 8}) soon<true>(t[i].at<T>(b, step - kAhead, h), d_k);
+        for (int i : {2, 5}) soon(part(i, t[i].at<T>(b, step - kAhead, h)), columns);
+        soon<true>(part(9, t[9].at<T>(b, step - kAhead, h)), columns);
       }
       V<T, W> v[N], dy[N], dv[N] = {};
       read(q, rows, t[0].at<T>(b, step, h), t[0].stride[3], d_k);
