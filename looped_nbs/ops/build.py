@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -214,12 +215,15 @@ def cuda_check(
     targets: tuple = ('80', '90'), # generations of GPUs
 ) -> list[dict]: # one row per kernel and target
     "Compile every CUDA source and say what each kernel needs; an `InputError` if one does not compile."
-    rows, wanted = [], [w for t in targets for w in ('-gencode', f'arch=compute_{t},code=sm_{t}')]
-    for source in sorted(SOURCES.glob('*.cu')):
-        with tempfile.TemporaryDirectory() as scratch:
-            flags = [*_CUDA.split(), *wanted, '-Xptxas', '-v', '-o', f'{scratch}/library.so']
-            try: said = _run([*compiler('cuda')[0], *flags, str(source)], 900)
-            except Unavailable as e: raise InputError(f'{source.name}: {e}') from e
-        rows += [{'source': source.name, 'target': target, 'kernel': name} | _numbers(text)
-                 for name, target, text in _KERNEL.findall(said)]
-    return _plain_names(rows)
+    cases = [(source, target) for source in sorted(SOURCES.glob('*.cu')) for target in targets]
+    with ThreadPoolExecutor(os.cpu_count()) as pool: # every compiler is a process of its own
+        return _plain_names(sum(pool.map(_checked, *zip(*cases, strict=True)), []))
+
+def _checked(source, generation):
+    "Compile one CUDA source for one generation of GPUs; a row per kernel."
+    with tempfile.TemporaryDirectory() as scratch:
+        flags = [*_CUDA.split(), f'-arch=sm_{generation}', '-Xptxas', '-v', '-o', f'{scratch}/library.so']
+        try: said = _run([*compiler('cuda')[0], *flags, str(source)], 900)
+        except Unavailable as e: raise InputError(f'{source.name}: {e}') from e
+    return [{'source': source.name, 'target': target, 'kernel': name} | _numbers(text)
+            for name, target, text in _KERNEL.findall(said)]

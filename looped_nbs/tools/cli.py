@@ -341,7 +341,7 @@ def reproduce_verb(*,
 
 # %% ../../nbs/09_tools/03_cli.ipynb #5d3249e8
 def bench_verb(*,
-    what: Literal['ops', 'tasks', 'train'], # operators; sampling; what a step costs beside the model
+    what: Literal['ops', 'tasks', 'train', 'models'], # operators, sampling, a step beside its model, models
     json: bool = False, # print JSON in place of a table
 ) -> None:
     "Time this library on this machine, side by side with definitions and plain code."
