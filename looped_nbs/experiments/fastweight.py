@@ -62,7 +62,8 @@ _LAPTOP = {'model.d_model': 32, 'optim.lr': 3e-3, 'train.steps': 3000, 'evaluate
 _SHORT = {'task.max_length': 20, 'task.test_length': 60, 'task.train_size': 0}
 _STOP = {'train.steps': 10_000, 'evaluate.validate_every': 200, 'evaluate.validate_on': ('val', 'test'),
          'evaluate.choose_by': 'sequence_accuracy', 'evaluate.select': 'best', 'evaluate.stop_at': 1.}
-HEADLINE = ('linear_transformer', 'deltanet', 'deltanet_negative', 'recurrent_deltanet', 'srwm_published', 'lstm')
+HEADLINE = ('linear_transformer', 'deltanet', 'deltanet_negative', 'recurrent_deltanet', 'srwm_published',
+            'lstm')
 register_study('fastweight', 'which fast-weight memories compute parity beyond training (Irie et al.)',
                smoke=[(f'fastweight/parity/{model}', _SMOKE) for model in ('recurrent_deltanet', 'deltanet')],
                laptop=[(f'fastweight/parity/{model}', _LAPTOP | _SHORT) for model in HEADLINE],
