@@ -8,10 +8,7 @@ namespace {
 
 constexpr int kMaxDim = 256, kAhead = 12;
 
-struct Call {
-  const Tensor* t;
-  int batch, time, heads, d_k, d_v, threads;
-
+struct Call : SlabCall {
   template <class T> static T* part(const Tensor& x, T* row, int first) {
     return row ? row + first * x.stride[3] : row;
   }
@@ -74,9 +71,9 @@ struct Forward : Call {
       const int real = time - step < Steps ? time - step : Steps;
       for (int s = 0; s < Steps; s++) {
         if (step + s + kAhead < time) {
-          for (int i : {0, 1}) soon(t[i].at<T>(b, step + s + kAhead, h), d_k);
-          soon(part(t[2], t[2].at<T>(b, step + s + kAhead, h), first), columns);
-          for (int i : {5, 7}) soon<true>(part(t[i], t[i].at<T>(b, step + s + kAhead, h), first), columns);
+          for (int i : {0, 1}) ahead(t[i].at<T>(b, step + s + kAhead, h), d_k);
+          ahead(part(t[2], t[2].at<T>(b, step + s + kAhead, h), first), columns);
+          for (int i : {5, 7}) ahead<true>(part(t[i], t[i].at<T>(b, step + s + kAhead, h), first), columns);
         }
         read(q[s], padded, s < real ? t[0].at<T>(b, step + s, h) : nullptr, t[0].stride[3], d_k);
         read(k[now][s], padded, s < real ? t[1].at<T>(b, step + s, h) : nullptr, t[1].stride[3], d_k);
@@ -155,10 +152,10 @@ struct Backward : Call {
     for (int step = time - 1, now = 0; step >= -1; step--, now = 1 - now) {
       const bool real = step >= 0;
       if (step >= kAhead) {
-        for (int i : {0, 1}) soon(t[i].at<T>(b, step - kAhead, h), d_k);
-        for (int i : {9, 10}) soon<true>(t[i].at<T>(b, step - kAhead, h), d_k);
-        for (int i : {6, 7}) soon(part(t[i], t[i].at<T>(b, step - kAhead, h), first), columns);
-        soon<true>(part(t[11], t[11].at<T>(b, step - kAhead, h), first), columns);
+        for (int i : {0, 1}) ahead(t[i].at<T>(b, step - kAhead, h), d_k);
+        for (int i : {9, 10}) ahead<true>(t[i].at<T>(b, step - kAhead, h), d_k);
+        for (int i : {6, 7}) ahead(part(t[i], t[i].at<T>(b, step - kAhead, h), first), columns);
+        ahead<true>(part(t[11], t[11].at<T>(b, step - kAhead, h), first), columns);
       }
       read(q, rows, real ? t[0].at<T>(b, step, h) : nullptr, t[0].stride[3], d_k);
       read(k[now], rows, real ? t[1].at<T>(b, step, h) : nullptr, t[1].stride[3], d_k);
@@ -205,20 +202,6 @@ struct Backward : Call {
   }
 };
 
-template <class Pass, class T> int call(const Tensor* tensors, const int64_t* sizes, int64_t threads) {
-  Pass pass;
-  static_cast<Call&>(pass) = {tensors, int(sizes[0]), int(sizes[1]), int(sizes[2]), int(sizes[3]), int(sizes[4]),
-                              int(threads)};
-  return with_slab<T>(pass.d_v, pass);
-}
-
 }  // namespace
 
-#define NBS_KERNEL(name, pass, type) \
-  NBS_EXPORT int name(const Tensor* tensors, const int64_t* sizes, int64_t threads) { \
-    return call<pass, type>(tensors, sizes, threads); \
-  }
-NBS_KERNEL(delta_forward_float32, Forward, float)
-NBS_KERNEL(delta_forward_float64, Forward, double)
-NBS_KERNEL(delta_backward_float32, Backward, float)
-NBS_KERNEL(delta_backward_float64, Backward, double)
+NBS_KERNELS(delta)

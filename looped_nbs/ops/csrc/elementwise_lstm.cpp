@@ -41,10 +41,7 @@ template <class T, int W> struct Channels {
   T* weight(int at, int i) const { return move(t[at].at<T>(h[i], 0), first[i] * t[at].stride[1]); }
 };
 
-struct Call {
-  const Tensor* t;
-  int batch, time, heads, dim, threads;
-
+struct Call : HeadCall {
   template <class T, int W, class F> int each_tile(const F& f) const {
     const int tiles = (heads * ((dim + W - 1) / W) + kRegisters - 1) / kRegisters;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
@@ -109,19 +106,6 @@ struct Backward : Call {
   }
 };
 
-template <class Pass, class T> int call(const Tensor* tensors, const int64_t* sizes, int64_t threads) {
-  Pass pass;
-  static_cast<Call&>(pass) = {tensors, int(sizes[0]), int(sizes[1]), int(sizes[2]), int(sizes[3]), int(threads)};
-  return with_lanes<T>(pass.dim, pass);
-}
-
 }  // namespace
 
-#define NBS_KERNEL(name, pass, type) \
-  NBS_EXPORT int name(const Tensor* tensors, const int64_t* sizes, int64_t threads) { \
-    return call<pass, type>(tensors, sizes, threads); \
-  }
-NBS_KERNEL(elementwise_lstm_forward_float32, Forward, float)
-NBS_KERNEL(elementwise_lstm_forward_float64, Forward, double)
-NBS_KERNEL(elementwise_lstm_backward_float32, Backward, float)
-NBS_KERNEL(elementwise_lstm_backward_float64, Backward, double)
+NBS_KERNELS(elementwise_lstm)

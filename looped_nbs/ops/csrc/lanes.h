@@ -110,15 +110,9 @@ template <class T> NBS_SHARED void write(T* to, int64_t stride, const T* from, i
   else for (int i = 0; i < n; i++) to[i * stride] = from[i];
 }
 
-// Ask for n numbers that will be read or written soon: rows of one head lie apart, too far for the processor to guess.
+// Ask for n numbers that will be read or written soon: rows of one head lie apart, too far for the processor to guess. They
+// go to the second cache: rows of many tensors, whose addresses differ by a power of two, push each other out of the first.
 template <bool Write = false, class T> NBS_SHARED void ahead(const T* row, int n) {
-  if (!row) return;
-  for (int i = 0; i < n; i += 64 / int(sizeof(T))) __builtin_prefetch(row + i, Write);
-}
-
-// The same for the second cache: rows asked for 12 steps ahead, of many tensors whose addresses differ by a power of two,
-// push each other out of the first.
-template <bool Write = false, class T> NBS_SHARED void soon(const T* row, int n) {
   if (!row) return;
   for (int i = 0; i < n; i += 64 / int(sizeof(T))) __builtin_prefetch(row + i, Write, 2);
 }
@@ -132,3 +126,25 @@ template <class T, class F> int with_slab(int n, const F& f) {
   if (n <= widest) return f.template run<T, widest, 1>();
   return f.template run<T, widest, 2>();
 }
+
+// What a pass over slabs of columns is called with; a pass derives from it and has `run<T, W, N>()`.
+struct SlabCall {
+  const Tensor* t;
+  int batch, time, heads, d_k, d_v, threads;
+
+  template <class T, class Pass> static int start(Pass pass, const Tensor* t, const int64_t* n, int64_t threads) {
+    static_cast<SlabCall&>(pass) = {t, int(n[0]), int(n[1]), int(n[2]), int(n[3]), int(n[4]), int(threads)};
+    return with_slab<T>(pass.d_v, pass);
+  }
+};
+
+// The functions that Python finds: both passes, in both types.
+#define NBS_KERNEL(name, pass, type) \
+  NBS_EXPORT int name(const Tensor* t, const int64_t* sizes, int64_t threads) { \
+    return pass::start<type>(pass(), t, sizes, threads); \
+  }
+#define NBS_KERNELS(name) \
+  NBS_KERNEL(name##_forward_float32, Forward, float) \
+  NBS_KERNEL(name##_forward_float64, Forward, double) \
+  NBS_KERNEL(name##_backward_float32, Backward, float) \
+  NBS_KERNEL(name##_backward_float64, Backward, double)

@@ -7,13 +7,8 @@ namespace {
 
 constexpr int kMaxDim = 256, kAhead = 12;
 
-struct Call {
-  const Tensor* t;
-  int batch, time, heads, d_k, d_v, threads;
-};
-
 // Tensors: q k v state | y final
-struct Forward : Call {
+struct Forward : SlabCall {
   template <class T, int W, int N> int run() const {
     const int64_t items = int64_t(batch) * heads;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
@@ -54,9 +49,9 @@ struct Forward : Call {
       for (int s = 0; s < Steps; s++) {
         const bool real = step + s < time;
         if (step + s + kAhead < time) {
-          for (int i = 0; i < 2; i++) soon(t[i].at<T>(b, step + s + kAhead, h), d_k);
-          soon(t[2].at<T>(b, step + s + kAhead, h) + first, columns);
-          soon<true>(t[4].at<T>(b, step + s + kAhead, h) + first, columns);
+          for (int i = 0; i < 2; i++) ahead(t[i].at<T>(b, step + s + kAhead, h), d_k);
+          ahead(t[2].at<T>(b, step + s + kAhead, h) + first, columns);
+          ahead<true>(t[4].at<T>(b, step + s + kAhead, h) + first, columns);
         }
         read(q[s], d_k, real ? t[0].at<T>(b, step + s, h) : nullptr, t[0].stride[3], d_k);
         read(k[s], d_k, real ? t[1].at<T>(b, step + s, h) : nullptr, t[1].stride[3], d_k);
@@ -76,7 +71,7 @@ struct Forward : Call {
 };
 
 // Tensors: q k v state final | dy dfinal | dq dk dv dstate
-struct Backward : Call {
+struct Backward : SlabCall {
   template <class T, int W, int N> int run() const {
     const int64_t items = int64_t(batch) * heads;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
@@ -99,10 +94,10 @@ struct Backward : Call {
     }
     for (int step = time - 1; step >= 0; step--) {
       if (step >= kAhead) {
-        for (int i : {0, 1}) soon(t[i].at<T>(b, step - kAhead, h), d_k);
-        for (int i : {7, 8}) soon<true>(t[i].at<T>(b, step - kAhead, h), d_k);
-        for (int i : {2, 5}) soon(part(i, t[i].at<T>(b, step - kAhead, h)), columns);
-        soon<true>(part(9, t[9].at<T>(b, step - kAhead, h)), columns);
+        for (int i : {0, 1}) ahead(t[i].at<T>(b, step - kAhead, h), d_k);
+        for (int i : {7, 8}) ahead<true>(t[i].at<T>(b, step - kAhead, h), d_k);
+        for (int i : {2, 5}) ahead(part(i, t[i].at<T>(b, step - kAhead, h)), columns);
+        ahead<true>(part(9, t[9].at<T>(b, step - kAhead, h)), columns);
       }
       V<T, W> v[N], dy[N], dv[N] = {};
       read(q, rows, t[0].at<T>(b, step, h), t[0].stride[3], d_k);
@@ -137,20 +132,6 @@ struct Backward : Call {
   }
 };
 
-template <class Pass, class T> int call(const Tensor* tensors, const int64_t* sizes, int64_t threads) {
-  Pass pass;
-  static_cast<Call&>(pass) = {tensors, int(sizes[0]), int(sizes[1]), int(sizes[2]), int(sizes[3]), int(sizes[4]),
-                              int(threads)};
-  return with_slab<T>(pass.d_v, pass);
-}
-
 }  // namespace
 
-#define NBS_KERNEL(name, pass, type) \
-  NBS_EXPORT int name(const Tensor* tensors, const int64_t* sizes, int64_t threads) { \
-    return call<pass, type>(tensors, sizes, threads); \
-  }
-NBS_KERNEL(linear_attention_forward_float32, Forward, float)
-NBS_KERNEL(linear_attention_forward_float64, Forward, double)
-NBS_KERNEL(linear_attention_backward_float32, Backward, float)
-NBS_KERNEL(linear_attention_backward_float64, Backward, double)
+NBS_KERNELS(linear_attention)

@@ -5,13 +5,8 @@
 
 namespace {
 
-struct Call {
-  const Tensor* t;
-  int batch, time, heads, dim, threads;
-};
-
 // Tensors: q k v beta R_q R_k R_v r_beta W y0 | y final_W final_y query key difference rate before
-struct Forward : Call {
+struct Forward : HeadCall {
   template <class T, int W> int run() const {
     const size_t width = round_up(dim, W);
     return each_head<T>(batch, heads, threads, (4 * width + 11) * width,
@@ -90,7 +85,7 @@ struct Forward : Call {
 
 // Tensors: the ten of Forward, final_W final_y query key difference rate before | dy dfinal_W dfinal_y | those of the ten
 // Gradients of the recurrent weights come out for every row of the batch.
-struct Backward : Call {
+struct Backward : HeadCall {
   static constexpr int Block = 16;  // steps whose share of the gradients of R is added in one sweep
 
   template <class T, int W> int run() const {
@@ -194,19 +189,6 @@ struct Backward : Call {
   }
 };
 
-template <class Pass, class T> int call(const Tensor* tensors, const int64_t* sizes, int64_t threads) {
-  Pass pass;
-  static_cast<Call&>(pass) = {tensors, int(sizes[0]), int(sizes[1]), int(sizes[2]), int(sizes[3]), int(threads)};
-  return with_lanes<T>(pass.dim, pass);
-}
-
 }  // namespace
 
-#define NBS_KERNEL(name, pass, type) \
-  NBS_EXPORT int name(const Tensor* tensors, const int64_t* sizes, int64_t threads) { \
-    return call<pass, type>(tensors, sizes, threads); \
-  }
-NBS_KERNEL(recurrent_delta_forward_float32, Forward, float)
-NBS_KERNEL(recurrent_delta_forward_float64, Forward, double)
-NBS_KERNEL(recurrent_delta_backward_float32, Backward, float)
-NBS_KERNEL(recurrent_delta_backward_float64, Backward, double)
+NBS_KERNELS(recurrent_delta)

@@ -8,11 +8,6 @@ namespace {
 
 constexpr int kRates = 4;
 
-struct Call {
-  const Tensor* t;
-  int batch, time, heads, dim, threads;
-};
-
 // Where the four matrices stand in a row, for registers of W lanes.
 template <int W> struct Row {
   int dim, padded, width;
@@ -37,7 +32,7 @@ template <int W> struct Row {
 };
 
 // Tensors: x W_y W_q W_k w_b | y, four final matrices, query key moved_{y,q,k,b} rates
-struct Forward : Call {
+struct Forward : HeadCall {
   template <class T, int W> int run() const {
     const size_t padded = round_up(dim, W), width = Row<W>(dim).width;
     return each_head<T>(batch, heads, threads, padded * width + 3 * padded + 3 * width,
@@ -94,7 +89,7 @@ struct Forward : Call {
 };
 
 // Tensors: x W_y W_q W_k w_b, four final matrices, query key moved_{y,q,k,b} rates | dy, of the four | dx, of the four
-struct Backward : Call {
+struct Backward : HeadCall {
   template <class T, int W> int run() const {
     const size_t padded = round_up(dim, W), width = Row<W>(dim).width;
     return each_head<T>(batch, heads, threads, 2 * padded * width + 7 * padded + 5 * width,
@@ -182,19 +177,6 @@ struct Backward : Call {
   }
 };
 
-template <class Pass, class T> int call(const Tensor* tensors, const int64_t* sizes, int64_t threads) {
-  Pass pass;
-  static_cast<Call&>(pass) = {tensors, int(sizes[0]), int(sizes[1]), int(sizes[2]), int(sizes[3]), int(threads)};
-  return with_lanes<T>(pass.dim, pass);
-}
-
 }  // namespace
 
-#define NBS_KERNEL(name, pass, type) \
-  NBS_EXPORT int name(const Tensor* tensors, const int64_t* sizes, int64_t threads) { \
-    return call<pass, type>(tensors, sizes, threads); \
-  }
-NBS_KERNEL(srwm_forward_float32, Forward, float)
-NBS_KERNEL(srwm_forward_float64, Forward, double)
-NBS_KERNEL(srwm_backward_float32, Backward, float)
-NBS_KERNEL(srwm_backward_float64, Backward, double)
+NBS_KERNELS(srwm)

@@ -103,6 +103,17 @@ template <class T, class F> int with_lanes(int n, const F& f) {
   return n <= narrow ? f.template run<T, narrow>() : f.template run<T, widest>();
 }
 
+// What a pass over whole heads is called with; a pass derives from it and has `run<T, W>()`.
+struct HeadCall {
+  const Tensor* t;
+  int batch, time, heads, dim, threads;
+
+  template <class T, class Pass> static int start(Pass pass, const Tensor* t, const int64_t* n, int64_t threads) {
+    static_cast<HeadCall&>(pass) = {t, int(n[0]), int(n[1]), int(n[2]), int(n[3]), int(threads)};
+    return with_lanes<T>(pass.dim, pass);
+  }
+};
+
 // Call f(batch, head, memory) for every head, each thread with memory of its own for so many numbers; the largest
 // status that comes back.
 constexpr int kNoMemory = -2;  // as CUDA counts
