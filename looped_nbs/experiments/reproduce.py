@@ -19,7 +19,7 @@ from ..core.config import STUDIES, read_yaml
 from ..core.errors import FieldError, InputError, one_of
 from ..core.registry import lookup
 from ..evaluation.report import Picture, Table, plot_curves, style, table
-from .run import Run, configure, label, resume, train
+from .run import Run, build, configure, label, resume, train
 from ..training.runs import RunFolder, write_text
 
 # %% ../../nbs/08_experiments/06_reproduce.ipynb #a95da8c2
@@ -122,10 +122,11 @@ def publish(
     done = [e for e in experiments if (Path(e.run.out)/'summary.json').is_file()]
     if not done: raise InputError(f'{folder}: no cell is finished, so there is nothing to publish')
     for experiment in done: _same(experiment, Path(experiment.run.out))
-    found = _found(study, scale, [Run.open(e.run.out) for e in done])
+    runs = [Run.open(e.run.out) for e in done]
+    found = _found(study, scale, runs)
     found['not_run'] = [label(e) for e in experiments if e not in done]
     found['hash'] = hashlib.sha256(''.join(_told(e) for e in done).encode()).hexdigest()[:16]
-    found['checkpoint'] = _keep(done, results/f'{study}-{scale}.safetensors')
+    found['checkpoint'] = _keep(done, runs, results/f'{study}-{scale}.safetensors')
     file = results/f'{study}-{scale}.json'
     write_text(file, json.dumps(found, indent=1))
     return file
@@ -134,14 +135,14 @@ def _told(experiment):
     "A configuration as text, without what only says where it ran."
     return json.dumps({k: v for k, v in experiment.to_dict().items() if k != 'run'}, sort_keys=True)
 
-def _keep(experiments, file):
+def _keep(experiments, runs, file):
     "Copy the weights of the small model that carries farthest; say which run it is, and its configuration."
-    summaries = [Run.open(e.run.out).summary for e in experiments]
-    sign = -1 if summaries[0]['score'] == 'squared_error' else 1
-    small = [i for i, s in enumerate(summaries) if s['parameters'] <= _SMALL]
-    if not small: return None
-    best = max(small, key=lambda i: (sign * summaries[i]['beyond'], -summaries[i]['parameters']))
-    run, select = RunFolder(experiments[best].run.out), experiments[best].evaluate.select
+    sign = 1 if build(experiments[0])[0].objective.better == 'higher' else -1
+    ranks = {i: (sign * r.summary['beyond'], -r.summary['parameters']) for i, r in enumerate(runs)
+             if r.summary['parameters'] <= _SMALL}
+    if not ranks: return None
+    best = max(ranks, key=ranks.get)
+    run, select = RunFolder(runs[best].path), experiments[best].evaluate.select
     kept = run.path/'checkpoints'/'best' if select == 'best' else run.checkpoints()[-1]
     shutil.copy(kept/'model.safetensors', file)
     config = json.loads(_told(experiments[best]))
