@@ -81,23 +81,31 @@ class Stack(nn.Module):
         h: Tensor, # (batch, time, d_model)
         states: list | None = None, # one state per layer, from the last call
         *,
-        ids: Tensor | None = None, # position ids (batch, time); None: 0, 1, 2, ...
+        ids: Tensor | None = None, # position ids (batch, time) of these and all earlier tokens; None: 0, 1, ...
         placed: Placed | None = None, # positions placed before, to share over loops
         mask: Tensor | None = None, # keys (batch, time), or pairs (batch, time, time), that may be read
+        keep: bool = True, # return the new states?
+        **each: list, # further arguments of the layers, one value for each
     ) -> tuple[Tensor, list]: # h (batch, time, d_model) and the new states
         "Apply all layers, handing each its own state."
-        if ids is None: ids = torch.arange(h.shape[1], device=h.device).expand(h.shape[:2])
-        if placed is None: placed = self.positions.place(ids, h.dtype)
-        h, kept = self.dropout(self.positions.embed(h, ids)), []
-        for layer, state in zip(self.layers, states or [None] * len(self.layers), strict=True):
-            h, state = layer(h, state=state, mask=mask, positions=placed)
-            kept.append(state)
+        time, kept = h.shape[1], []
+        if ids is None: ids = torch.arange(time, device=h.device).expand(h.shape[:2])
+        new = ids[:, ids.shape[1] - time:]
+        if placed is None: placed = self.positions.place(new, h.dtype, None if new.shape == ids.shape else ids)
+        h = self.dropout(self.positions.embed(h, new))
+        for i, (layer, state) in enumerate(zip(self.layers, states or [None] * len(self.layers), strict=True)):
+            own = {name: values[i] for name, values in each.items()}
+            h, state = layer(h, state=state, mask=mask, positions=placed, **own)
+            if keep: kept.append(state)
         return self.norm(h), kept
 
     def forward(self,
         h: Tensor, # (batch, time, d_model)
         t: int = 0, # the loop this is, for bodies that change with it
-        **where: Tensor, # ids, placed, mask
+        cache: list | None = None, # states of all layers for each loop, renewed here; None: keep none
+        **where: object, # ids, placed, mask and what each layer is given of its own
     ) -> Tensor: # (batch, time, d_model)
-        "Apply all layers."
-        return self.carry(h, **where)[0]
+        "Apply all layers; with a cache, to tokens that follow those it has seen in this loop."
+        h, states = self.carry(h, cache and cache[t], keep=cache is not None, **where)
+        if cache is not None: cache[t] = states
+        return h

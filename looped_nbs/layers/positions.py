@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['NUMBERINGS', 'POSITIONS', 'register_positions', 'HALVES', 'NEIGHBOURS', 'plain', 'shift', 'spread', 'zoom', 'walk',
            'Placed', 'NoPositions', 'LearnedPositions', 'LearnedFromSine', 'FrozenPositions', 'FrozenSine',
-           'frequencies', 'sinusoids', 'SinusoidalPositions', 'RotaryPositions', 'InterleavedRotary', 'alibi_slopes',
-           'AlibiPositions', 'relative_scores', 'RelativeScores', 'RelativePositions', 'ScalarPositions',
-           'build_positions']
+           'frequencies', 'sinusoids', 'SinusoidalPositions', 'SinusoidalHalves', 'RotaryPositions',
+           'InterleavedRotary', 'alibi_slopes', 'AlibiPositions', 'relative_scores', 'RelativeScores',
+           'RelativePositions', 'ScalarPositions', 'build_positions']
 
 # %% ../../nbs/02_layers/01_positions.ipynb #6ca40516
 import math
@@ -75,8 +75,14 @@ def walk(
 class Placed:
     "Positions of one batch, ready for use in every layer."
     rotate: Callable | None = None # (batch, heads, time, d_k) to the same shape
-    bias: Tensor | None = None # added to scores (batch or 1, heads, time, time)
+    bias: Tensor | None = None # added to scores (batch or 1, heads, time, time_k)
     relative: tuple[Tensor, Tensor | None] | None = None # what `RelativeScores` reads
+
+    def turn(self,
+        x: Tensor, # queries or keys (batch, heads, time, d_k)
+    ) -> Tensor: # the same shape
+        "Rotate, where the scheme rotates."
+        return x if self.rotate is None else self.rotate(x)
 
 # %% ../../nbs/02_layers/01_positions.ipynb #41230d1b
 POSITIONS = {}
@@ -117,6 +123,7 @@ class NoPositions(nn.Module):
     def place(self,
         ids: Tensor, # position ids (batch, time)
         dtype: torch.dtype, # of queries and keys
+        keys: Tensor | None = None, # ids of all that is read (batch, time_k), `ids` its end; None: `ids`
     ) -> Placed: # what attention needs
         "Prepare what attention needs for one forward pass."
         return Placed()
@@ -231,6 +238,22 @@ class SinusoidalPositions(NoPositions):
     def embed(self, x, ids): return x + sinusoids(ids, self.frequency, self.pairs).to(x.dtype)
 
 # %% ../../nbs/02_layers/01_positions.ipynb #7a1a1767
+@register_positions('sinusoidal_halves')
+class SinusoidalHalves(SinusoidalPositions):
+    "Sinusoids as in Tensor2Tensor: all sines, then all cosines, the slowest of them at 1 / 10,000."
+    pairs = HALVES
+
+    def __init__(self,
+        d_model: int, # width of the model, even
+        n_heads: int = 1, # attention heads, unused
+        max_len: int | None = None, # range of drawn ids; counted plainly, any position can be computed
+        ids: str = 'plain', # how positions are counted: plain, shift or random
+    ):
+        super().__init__(d_model, n_heads, max_len, ids)
+        steps = torch.arange(d_model // 2) / max(d_model // 2 - 1, 1)
+        self.frequency = torch.exp(-math.log(10000.) * steps)
+
+# %% ../../nbs/02_layers/01_positions.ipynb #be415778
 @register_positions('rotary')
 class RotaryPositions(NoPositions):
     "Turn pairs of query and key features by an angle that grows with the position."
@@ -250,25 +273,25 @@ class RotaryPositions(NoPositions):
         frequency = 10000. ** (-torch.arange(0, d_head, 2) / d_head)
         self.register_buffer('frequency', frequency, persistent=False)
 
-    def place(self, ids, dtype):
+    def place(self, ids, dtype, keys=None):
         angle = ids[..., None].float() * self.frequency.float()
         angle = torch.stack([angle, angle], self.pairs).flatten(-2)[:, None]
         cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
         return Placed(rotate=lambda x: x * cos + _quarter_turn(x, self.pairs) * sin)
 
-# %% ../../nbs/02_layers/01_positions.ipynb #0e55f1cd
+# %% ../../nbs/02_layers/01_positions.ipynb #63f94744
 def _quarter_turn(x, pairs):
     "Turn each pair of features of the last dimension by a right angle: (a, b) becomes (-b, a)."
     a, b = x.unflatten(-1, (2, -1) if pairs == HALVES else (-1, 2)).unbind(pairs)
     return torch.stack([-b, a], pairs).flatten(-2)
 
-# %% ../../nbs/02_layers/01_positions.ipynb #63f94744
+# %% ../../nbs/02_layers/01_positions.ipynb #a391f1d9
 @register_positions('rotary_interleaved')
 class InterleavedRotary(RotaryPositions):
     "Rotary positions whose pairs are neighbouring features."
     pairs = NEIGHBOURS
 
-# %% ../../nbs/02_layers/01_positions.ipynb #86006cb9
+# %% ../../nbs/02_layers/01_positions.ipynb #6caa0b6b
 def alibi_slopes(
     n_heads: int, # attention heads
 ) -> Tensor: # (heads,), from steep to flat
@@ -278,7 +301,7 @@ def alibi_slopes(
     between = [2 ** (-4 * h / power) for h in range(1, 2 * power + 1, 2)]
     return torch.tensor(slopes + between[:n_heads - power])
 
-# %% ../../nbs/02_layers/01_positions.ipynb #8b895730
+# %% ../../nbs/02_layers/01_positions.ipynb #73938790
 @register_positions('alibi')
 class AlibiPositions(NoPositions):
     "Subtract from every score the distance of query and key times a slope of the head."
@@ -293,12 +316,17 @@ class AlibiPositions(NoPositions):
         super().__init__(d_model, n_heads, max_len, ids)
         self.register_buffer('slopes', alibi_slopes(n_heads), persistent=False)
 
-    def place(self, ids, dtype):
-        if ids.stride(0) == 0: ids = ids[:1]  # the same ids in every row: one bias for all
-        distance = self.distance(ids[:, :, None] - ids[:, None, :])[:, None]
+    def place(self, ids, dtype, keys=None):
+        ids, keys = _rows(ids, ids if keys is None else keys)
+        distance = self.distance(ids[:, :, None] - keys[:, None, :])[:, None]
         return Placed(bias=(-self.slopes[:, None, None] * distance).to(dtype))
 
-# %% ../../nbs/02_layers/01_positions.ipynb #73938790
+# %% ../../nbs/02_layers/01_positions.ipynb #b9f60341
+def _rows(ids, keys):
+    "One row instead of many that are the same, so that one bias or set of distances is made for all."
+    return (ids[:1], keys[:1]) if ids.stride(0) == keys.stride(0) == 0 else (ids, keys)
+
+# %% ../../nbs/02_layers/01_positions.ipynb #3a20eb25
 def relative_scores(
     q: Tensor, # queries (batch, heads, time, d_k)
     k: Tensor, # keys (batch, heads, time, d_k)
@@ -310,7 +338,7 @@ def relative_scores(
     by_position = torch.einsum('bhtd,btshd->bhts', q, r) + torch.einsum('hd,btshd->bhts', v, r)
     return q @ k.mT + by_position + u[:, None] @ k.mT
 
-# %% ../../nbs/02_layers/01_positions.ipynb #768701af
+# %% ../../nbs/02_layers/01_positions.ipynb #8f074e10
 class RelativeScores(nn.Module):
     "What a layer learns about distances: a content bias, a position bias and a map of their sinusoids."
     def __init__(self,
@@ -335,13 +363,13 @@ class RelativeScores(nn.Module):
         if columns is None: return q + self.u[:, None], _shifted(by_distance)
         return q + self.u[:, None], by_distance.gather(-1, columns[:, None].expand(*q.shape[:2], -1, -1))
 
-# %% ../../nbs/02_layers/01_positions.ipynb #5b02183c
+# %% ../../nbs/02_layers/01_positions.ipynb #b4b3d706
 def _shifted(scores):
     "From distances (…, time, time down to 0 or less) to keys (…, time, time), without a copy."
     time, n = scores.shape[-2:]
     return scores.flatten(-2)[..., time:].unflatten(-1, (time, n - 1))[..., :time]
 
-# %% ../../nbs/02_layers/01_positions.ipynb #599a0d29
+# %% ../../nbs/02_layers/01_positions.ipynb #5d07e2e1
 @register_positions('relative')
 class RelativePositions(NoPositions):
     "Let every layer learn what the signed distance of query and key adds to their score."
@@ -359,15 +387,15 @@ class RelativePositions(NoPositions):
 
     def per_layer(self): return RelativeScores(self.d_model, self.n_heads)
 
-    def place(self, ids, dtype):
-        if ids.stride(0) == 0: ids = ids[:1]  # the same ids in every row: one set of distances for all
-        steady = bool((ids.diff(dim=1) == 1).all())
-        reach = max(ids.shape[1] - 1, 0) if steady else int(ids.amax() - ids.amin())
+    def place(self, ids, dtype, keys=None):
+        steady = keys is None and bool((ids.diff(dim=1) == 1).all())
+        ids, keys = _rows(ids, ids if keys is None else keys)
+        reach = max(ids.shape[1] - 1, 0) if steady else int(keys.amax() - keys.amin())
         distances = torch.arange(reach + 1, -reach - 1, -1, device=ids.device) + self.nearest
         waves = sinusoids(distances, self.frequency, self.pairs).to(dtype)
-        return Placed(relative=(waves, None if steady else reach + 1 - ids[:, :, None] + ids[:, None]))
+        return Placed(relative=(waves, None if steady else reach + 1 - ids[:, :, None] + keys[:, None]))
 
-# %% ../../nbs/02_layers/01_positions.ipynb #438f1006
+# %% ../../nbs/02_layers/01_positions.ipynb #92ec9eaf
 @register_positions('scalar')
 class ScalarPositions(NoPositions):
     "Write the position into the last feature, as a number between 0 and 1."
@@ -388,7 +416,7 @@ class ScalarPositions(NoPositions):
         ids = super().draw_ids(batch, rng)
         return ids if self.max_len is None else ids / self.max_len
 
-# %% ../../nbs/02_layers/01_positions.ipynb #bf2fb421
+# %% ../../nbs/02_layers/01_positions.ipynb #a3b48eb6
 def build_positions(
     name: str, # a registered scheme
     d_model: int, # width of the model

@@ -30,7 +30,15 @@ class Recurrent(Mixer):
         d_in = d_model if d_in is None else d_in
         self.net = self.core(d_in, d_model, n_layers, batch_first=True, dropout=dropout, **core_args)
 
-    def forward(self, x, *, context=None, mask=None, positions=None, state=None): return self.net(x, state)
+    def forward(self, x, *, context=None, mask=None, positions=None, state=None):
+        y, state = self.net(x, _layers_and_rows(state))
+        return y, _layers_and_rows(state)
+
+def _layers_and_rows(state):
+    "Exchange the first two dimensions: PyTorch has layers first, states of mixers have rows first."
+    if state is None: return None
+    if isinstance(state, tuple): return tuple(map(_layers_and_rows, state))
+    return state.transpose(0, 1).contiguous()
 
 # %% ../../nbs/02_layers/03_recurrent.ipynb #eeeef609
 @register_mixer('rnn')
