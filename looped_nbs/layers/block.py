@@ -6,7 +6,7 @@
 __all__ = ['ACTIVATIONS', 'FeedForward', 'Block', 'Stack']
 
 # %% ../../nbs/02_layers/04_block.ipynb #51748e3f
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -84,17 +84,17 @@ class Stack(nn.Module):
         ids: Tensor | None = None, # position ids (batch, time) of these and all earlier tokens; None: 0, 1, ...
         placed: Placed | None = None, # positions placed before, to share over loops
         mask: Tensor | None = None, # keys (batch, time), or pairs (batch, time, time), that may be read
+        each: Sequence[dict] | None = None, # further arguments, of each layer its own
+        t: int = 0, # the loop this is, for bodies that change with it
         keep: bool = True, # return the new states?
-        **each: list, # further arguments of the layers, one value for each
     ) -> tuple[Tensor, list]: # h (batch, time, d_model) and the new states
         "Apply all layers, handing each its own state."
-        time, kept = h.shape[1], []
+        time, n, kept = h.shape[1], len(self.layers), []
         if ids is None: ids = torch.arange(time, device=h.device).expand(h.shape[:2])
         new = ids[:, ids.shape[1] - time:]
         if placed is None: placed = self.positions.place(new, h.dtype, None if new.shape == ids.shape else ids)
         h = self.dropout(self.positions.embed(h, new))
-        for i, (layer, state) in enumerate(zip(self.layers, states or [None] * len(self.layers), strict=True)):
-            own = {name: values[i] for name, values in each.items()}
+        for layer, state, own in zip(self.layers, states or [None] * n, each or [{}] * n, strict=True):
             h, state = layer(h, state=state, mask=mask, positions=placed, **own)
             if keep: kept.append(state)
         return self.norm(h), kept
@@ -103,9 +103,9 @@ class Stack(nn.Module):
         h: Tensor, # (batch, time, d_model)
         t: int = 0, # the loop this is, for bodies that change with it
         cache: list | None = None, # states of all layers for each loop, renewed here; None: keep none
-        **where: object, # ids, placed, mask and what each layer is given of its own
+        **where: object, # ids, placed, mask, each
     ) -> Tensor: # (batch, time, d_model)
         "Apply all layers; with a cache, to tokens that follow those it has seen in this loop."
-        h, states = self.carry(h, cache and cache[t], keep=cache is not None, **where)
+        h, states = self.carry(h, cache and cache[t], t=t, keep=cache is not None, **where)
         if cache is not None: cache[t] = states
         return h

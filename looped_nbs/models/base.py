@@ -21,7 +21,7 @@ from ..core.registry import registrar
 from ..layers.attention import Attention
 from ..layers.block import Block
 from ..layers.loop import Loop
-from ..layers.mixer import Mixer, pick_rows
+from ..layers.mixer import pick_rows
 from ..layers.positions import plain
 
 # %% ../../nbs/03_models/00_base.ipynb #35b1687d
@@ -145,7 +145,7 @@ class SequenceModel(nn.Module):
     ) -> Cache: # an empty one
         "Get ready to read tokens one after another."
         n = self.loop.n_loops if n_loops is None else at_least('n_loops', n_loops, 1)
-        full = [m for m in self.loop.body.modules() if isinstance(m, Mixer) and not m.causal]
+        full = [m for m in self.loop.body.layers if not getattr(m, 'mixer', m).causal]
         for unfit, field, value, allowed in (
             (self.features, 'features', True, 'false'), (full, 'causal', False, 'true'),
             (self.loop.stop, 'stop', self.loop.stop, 'none, since every loop needs its keys'),
@@ -185,10 +185,21 @@ class SequenceModel(nn.Module):
         cache: Cache | None = None, # of the tokens before these, with these counted; its states are renewed
     ) -> Output: # logits of the wanted loops
         "Answer a batch."
-        ids, so_far = self._ids(batch, cache and cache.read)
+        return self._loop(batch, n_loops, return_loops, cache)
+
+    def enter(self,
+        batch: Batch, # the examples
+        ids: Tensor, # position ids (batch, time)
+    ) -> Tensor: # what the loop starts from (batch, time, d_model)
+        "Embed the tokens, or map the features."
         x = self.embed(batch.inputs) * self.input_scale
-        x = F.pad(x, (0, self.positions.fills)) if self.positions.fills else x
-        where = {'ids': ids, 'placed': self.positions.place(ids, x.dtype, so_far), 'mask': self.keys(batch)}
+        return F.pad(x, (0, self.positions.fills)) if self.positions.fills else x
+
+    def _loop(self, batch, n_loops, return_loops, cache, **where):
+        "Run the loop and read out the wanted states; `where` is for the body."
+        ids, so_far = self._ids(batch, cache and cache.read)
+        x = self.enter(batch, ids)
+        where |= {'ids': ids, 'placed': self.positions.place(ids, x.dtype, so_far), 'mask': self.keys(batch)}
         if cache is not None: where['cache'] = cache.states
         n = self.loop.n_loops if n_loops is None else n_loops
         wanted = return_loops or ('trained' if self.training else 'last')
