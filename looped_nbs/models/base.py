@@ -55,9 +55,11 @@ class Cache:
 
     def rows(self,
         rows: Tensor, # numbers of rows of the batch, in the wanted order; one may come several times
+        same_source: bool = False, # has each new row the source of the row whose place it takes?
     ) -> 'Cache': # theirs
         "Pick rows of the batch, as a beam search does."
-        return replace(self, states=pick_rows(self.states, rows), context=pick_rows(self.context, rows))
+        context = self.context if same_source else pick_rows(self.context, rows)
+        return replace(self, states=pick_rows(self.states, rows), context=context)
 
 # %% ../../nbs/03_models/00_base.ipynb #81d2ee23
 MODELS = {}
