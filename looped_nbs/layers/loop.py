@@ -44,7 +44,7 @@ def last_loops(
 class Loop(nn.Module):
     "Depth recurrence: one body applied `n_loops` times, as a generator of states."
     def __init__(self,
-        body: nn.Module, # body(h, t, **where) of the shape of h
+        body: nn.Module, # body(h, t, **where) of the shape of h; it may have prepare(n_loops) -> dict
         n_loops: int = 1, # how often, unless the call says otherwise
         init: Callable = INJECTIONS['none'][0], # first state from the input
         inject: Callable = INJECTIONS['none'][1], # inject(h, x, t): what the body reads
@@ -63,6 +63,7 @@ class Loop(nn.Module):
         "Generate the states; a state that is not kept by the caller is freed."
         n = self.n_loops if n_loops is None else at_least('n_loops', n_loops, 1)
         with_grad = set(self.schedule(n)[0])
+        if hasattr(self.body, 'prepare'): where |= self.body.prepare(n)
         h = self.init(x)
         for t in range(n):
             with torch.set_grad_enabled(torch.is_grad_enabled() and t in with_grad):
@@ -70,7 +71,7 @@ class Loop(nn.Module):
             yield t, h
             if self.stop and not self.training and self.stop(h, old, t): return
 
-# %% ../../nbs/02_layers/05_loop.ipynb #2ba0e09e
+# %% ../../nbs/02_layers/05_loop.ipynb #98c61920
 def settled(
     tolerance: float, # largest change of a state, relative to its norm
 ) -> Callable: # for `Loop(stop=…)`
