@@ -6,7 +6,7 @@
 __all__ = ['NUMBERINGS', 'POSITIONS', 'register_positions', 'HALVES', 'NEIGHBOURS', 'plain', 'shift', 'spread', 'zoom', 'walk',
            'Placed', 'NoPositions', 'LearnedPositions', 'LearnedFromSine', 'FrozenPositions', 'FrozenSine',
            'frequencies', 'sinusoids', 'SinusoidalPositions', 'SinusoidalHalves', 'RotaryPositions',
-           'InterleavedRotary', 'alibi_slopes', 'AlibiPositions', 'relative_scores', 'RelativeScores',
+           'InterleavedRotary', 'alibi_slopes', 'AlibiPositions', 'GeometricAlibi', 'relative_scores', 'RelativeScores',
            'RelativePositions', 'ScalarPositions', 'build_positions']
 
 # %% ../../nbs/02_layers/01_positions.ipynb #6ca40516
@@ -327,6 +327,19 @@ def _rows(ids, keys):
     return (ids[:1], keys[:1]) if ids.stride(0) == keys.stride(0) == 0 else (ids, keys)
 
 # %% ../../nbs/02_layers/01_positions.ipynb #3a20eb25
+@register_positions('alibi_geometric')
+class GeometricAlibi(AlibiPositions):
+    "ALiBi whose slopes are the powers of 2^(-8/n), for any number n of heads."
+    def __init__(self,
+        d_model: int = 1, # width of the model, unused
+        n_heads: int = 1, # attention heads
+        max_len: int | None = None, # range of drawn ids; counted plainly, any distance can be computed
+        ids: str = 'plain', # how positions are counted: plain or random; a shift would change nothing
+    ):
+        super().__init__(d_model, n_heads, max_len, ids)
+        self.slopes.copy_(2. ** (-8 * (torch.arange(n_heads) + 1) / n_heads))
+
+# %% ../../nbs/02_layers/01_positions.ipynb #b4b3d706
 def relative_scores(
     q: Tensor, # queries (batch, heads, time, d_k)
     k: Tensor, # keys (batch, heads, time, d_k)
@@ -338,7 +351,7 @@ def relative_scores(
     by_position = torch.einsum('bhtd,btshd->bhts', q, r) + torch.einsum('hd,btshd->bhts', v, r)
     return q @ k.mT + by_position + u[:, None] @ k.mT
 
-# %% ../../nbs/02_layers/01_positions.ipynb #8f074e10
+# %% ../../nbs/02_layers/01_positions.ipynb #5d07e2e1
 class RelativeScores(nn.Module):
     "What a layer learns about distances: a content bias, a position bias and a map of their sinusoids."
     def __init__(self,
@@ -363,13 +376,13 @@ class RelativeScores(nn.Module):
         if columns is None: return q + self.u[:, None], _shifted(by_distance)
         return q + self.u[:, None], by_distance.gather(-1, columns[:, None].expand(*q.shape[:2], -1, -1))
 
-# %% ../../nbs/02_layers/01_positions.ipynb #b4b3d706
+# %% ../../nbs/02_layers/01_positions.ipynb #438f1006
 def _shifted(scores):
     "From distances (…, time, time down to 0 or less) to keys (…, time, time), without a copy."
     time, n = scores.shape[-2:]
     return scores.flatten(-2)[..., time:].unflatten(-1, (time, n - 1))[..., :time]
 
-# %% ../../nbs/02_layers/01_positions.ipynb #5d07e2e1
+# %% ../../nbs/02_layers/01_positions.ipynb #bf2fb421
 @register_positions('relative')
 class RelativePositions(NoPositions):
     "Let every layer learn what the signed distance of query and key adds to their score."
@@ -395,7 +408,7 @@ class RelativePositions(NoPositions):
         waves = sinusoids(distances, self.frequency, self.pairs).to(dtype)
         return Placed(relative=(waves, None if steady else reach + 1 - ids[:, :, None] + keys[:, None]))
 
-# %% ../../nbs/02_layers/01_positions.ipynb #92ec9eaf
+# %% ../../nbs/02_layers/01_positions.ipynb #c8680fed
 @register_positions('scalar')
 class ScalarPositions(NoPositions):
     "Write the position into the last feature, as a number between 0 and 1."
@@ -416,7 +429,7 @@ class ScalarPositions(NoPositions):
         ids = super().draw_ids(batch, rng)
         return ids if self.max_len is None else ids / self.max_len
 
-# %% ../../nbs/02_layers/01_positions.ipynb #a3b48eb6
+# %% ../../nbs/02_layers/01_positions.ipynb #ecc0b5e4
 def build_positions(
     name: str, # a registered scheme
     d_model: int, # width of the model

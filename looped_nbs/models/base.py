@@ -19,9 +19,10 @@ from ..core.config import Optim
 from ..core.errors import FieldError, at_least, one_of
 from ..core.registry import registrar
 from ..layers.attention import Attention
-from ..layers.block import Block
+from ..layers.block import Block, Entrance
 from ..layers.loop import Loop
 from ..layers.mixer import pick_rows
+from ..layers.modulation import Modulation, TimestepEmbedding
 from ..layers.positions import plain
 
 # %% ../../nbs/03_models/00_base.ipynb #35b1687d
@@ -79,9 +80,12 @@ class SequenceModel(nn.Module):
         tied: bool = False, # is the embedding, over the root of d_model, the head?
         null_row: bool = False, # is the embedding of the first token zero, and not trained?
         scale_input: bool = False, # multiply the embedding by the root of d_model, whatever the positions?
+        scale_tied: bool = True, # divide the logits of a tied head by the root of d_model?
+        entrance: Entrance | None = None, # what adds positions, if the loop does not
     ):
         super().__init__()
-        self.features, self.d_model, self.loop = features, d_model, loop
+        self.features, self.d_model, self.loop, self.entrance = features, d_model, loop, entrance
+        self.output_scale = d_model ** -.5 if scale_tied else 1.
         self.input_scale = math.sqrt(d_model) if scale_input else self.positions.input_scale
         embedding = nn.Linear if features else NullEmbedding if null_row else nn.Embedding
         self.embed = embedding(d_in, d_model - self.positions.fills)
@@ -99,7 +103,7 @@ class SequenceModel(nn.Module):
             if unfit: raise FieldError('tied', True, allowed)
 
     @property
-    def positions(self): return self.loop.body.positions
+    def positions(self): return (self.entrance or self.loop.body).positions
 
     @classmethod
     def from_task(cls,
@@ -109,8 +113,8 @@ class SequenceModel(nn.Module):
     ) -> 'SequenceModel': # a model that fits the task
         "Build a model with the task's vocabularies; refuse a coding that it cannot be trained on."
         one_of('task.coding', coding or task.coding, cls.codings)
-        if fields.get('null_row') and task.in_vocab[:1] != ('<null>',):
-            raise FieldError('null_row', True, 'false unless the first token of the task is <null>')
+        if fields.get('null_row') and task.in_vocab[:1] not in (('<null>',), ('<pad>',)):
+            raise FieldError('null_row', True, 'false unless the first token of the task is <null> or <pad>')
         return cls(task.d_in, task.d_out, task.features, **fields)
 
     def position_ids(self,
@@ -139,7 +143,7 @@ class SequenceModel(nn.Module):
     ) -> Tensor: # logits (batch, time, d_out)
         "Read logits out of a state."
         if self.head is not None: return self.head(h)
-        return F.linear(h * self.d_model ** -.5, self.embed.weight)
+        return F.linear(h * self.output_scale, self.embed.weight)
 
     def begin(self,
         batch: Batch | None = None, # whose source is to be read; a model that reads none needs no batch
@@ -195,7 +199,8 @@ class SequenceModel(nn.Module):
     ) -> Tensor: # what the loop starts from (batch, time, d_model)
         "Embed the tokens, or map the features."
         x = self.embed(batch.inputs) * self.input_scale
-        return F.pad(x, (0, self.positions.fills)) if self.positions.fills else x
+        if self.positions.fills: x = F.pad(x, (0, self.positions.fills))
+        return x if self.entrance is None else self.entrance(x, ids)
 
     def _loop(self, batch, n_loops, return_loops, cache, **where):
         "Run the loop and read out the wanted states; `where` is for the body."
@@ -210,8 +215,15 @@ class SequenceModel(nn.Module):
         for t, h in self.loop(x, n, **where):
             if t in read: logits[t] = self.read(h)
         if t not in logits: logits[t] = self.read(h)  # the last one, wherever the loop stopped
-        if len(logits) == 1: return Output(logits[t])
-        return Output(torch.stack(list(logits.values())), tuple(logits))
+        aux_loss = self.aux_loss(h, batch)
+        if len(logits) == 1: return Output(logits[t], aux_loss=aux_loss)
+        return Output(torch.stack(list(logits.values())), tuple(logits), aux_loss)
+
+    def aux_loss(self,
+        h: Tensor, # the last state of the loop (batch, time, d_model)
+        batch: Batch, # the examples
+    ) -> Tensor | None: # a number; None: no such loss
+        "What is added to the loss of the task, such as a price for computing long."
 
     def n_params(self,
         embeddings: bool = True, # count the embedding, the position table and the head?
@@ -230,22 +242,28 @@ class SequenceModel(nn.Module):
         return [{'params': params, 'weight_decay': optim.weight_decay}]
 
 # %% ../../nbs/03_models/00_base.ipynb #15cf09cc
-def _gpt2(model):
+def _gpt2(model, depth=None):
     "Normal, deviation 0.02, less for maps that add to the residual stream (Radford et al., section 2.3)."
-    modules = list((model.loop.body if model.features else model).modules())
+    spared = {m for e in model.modules() if isinstance(e, TimestepEmbedding) for m in e.modules()}
+    inner = model.loop.body.modules() if model.features else (m for m in model.modules() if m not in spared)
+    modules = list(inner)
     for m in modules:
         if isinstance(m, (nn.Linear, nn.Embedding)): nn.init.normal_(m.weight, std=0.02)
         if isinstance(m, nn.Linear) and m.bias is not None: nn.init.zeros_(m.bias)
     blocks = [m for m in modules if isinstance(m, Block)]
     for b in blocks:
         for out in (getattr(b.mixer, 'out', None), b.feedforward[-1]):
-            if out is not None: nn.init.normal_(out.weight, std=0.02 / math.sqrt(2 * len(blocks)))
+            if out is not None: nn.init.normal_(out.weight, std=0.02 / math.sqrt(2 * (depth or len(blocks))))
 
-def _torch(model):
+def _torch(model, depth=None):
     "The defaults of torch, with embeddings of deviation 0.02."
     if isinstance(model.embed, nn.Embedding): nn.init.normal_(model.embed.weight, std=0.02)
 
-def _clones(model):
+def _default(model, depth=None):
+    "The defaults of torch, embeddings of deviation 1."
+    if isinstance(model.embed, NullEmbedding): nn.init.normal_(model.embed.rest)
+
+def _clones(model, depth=None):
     "As torch's TransformerEncoder: Xavier for queries, keys and values; all blocks are copies of the first."
     _torch(model)
     blocks = [m for m in model.modules() if isinstance(m, Block)]
@@ -256,7 +274,7 @@ def _clones(model):
             if linear.bias is not None: nn.init.zeros_(linear.bias)
     for b in blocks[1:]: b.load_state_dict(blocks[0].state_dict())
 
-def _haiku(model):
+def _haiku(model, depth=None):
     "Truncated normal, deviation one over the root of the inputs of a map, 0.02 for the embedding; no bias."
     for m in model.modules():
         if not isinstance(m, nn.Linear): continue
@@ -266,12 +284,15 @@ def _haiku(model):
     if isinstance(model.embed, (nn.Embedding, nn.Linear)):
         nn.init.trunc_normal_(model.embed.weight, std=0.02, a=-0.04, b=0.04)
 
-INITS = {'gpt2': _gpt2, 'torch': _torch, 'clones': _clones, 'haiku': _haiku}
+INITS = {'gpt2': _gpt2, 'torch': _torch, 'default': _default, 'clones': _clones, 'haiku': _haiku}
 
 def initialise(
     model: SequenceModel, # changed in place
-    init: str, # gpt2, torch, clones or haiku
+    init: str, # gpt2, torch, default, clones or haiku
+    depth: int | None = None, # layers that gpt2 scales residual maps for; None: the blocks of the model
 ) -> None:
     "Set the initial weights of a model in a published way."
-    with torch.no_grad(): INITS[one_of('init', init, INITS)](model)
+    with torch.no_grad(): INITS[one_of('init', init, INITS)](model, depth)
     model.positions.reset()
+    for m in model.modules():
+        if isinstance(m, Modulation): m.reset()
