@@ -22,13 +22,17 @@ from safetensors.torch import load_file
 
 from looped_nbs.core.batch import Batch, Output
 from looped_nbs.core.config import Optim
-from looped_nbs.experiments import fastweight_protocol
+from looped_nbs.experiments import (
+    fastweight_protocol,
+    timestep_published,  # noqa: F401, registers a mixer
+)
 from looped_nbs.experiments.fastweight import ResidualNormBlock
-from looped_nbs.interop import chunked, counting, fastweight, icl
+from looped_nbs.interop import chunked, counting, fastweight, icl, timestep
 from looped_nbs.interop.adapt import Move, build, give, take
 from looped_nbs.layers.attention import Attention
 from looped_nbs.layers.block import Block, FeedForward
 from looped_nbs.layers.fast_weights import SRWM, DeltaRule, ElementwiseLSTM, LinearAttention, RecurrentDelta
+from looped_nbs.layers.modulation import timestep_waves
 from looped_nbs.layers.positions import build_positions
 from looped_nbs.ops.delta import DELTA
 from looped_nbs.ops.linear_attention import LINEAR_ATTENTION
@@ -133,9 +137,7 @@ NOT_BUILT = {
     'part 2': [
     ],
     'part 4': _stems('timestep', '''
-        alibi dp_eval dp_gpt dp_looped dp_time icl_looped icl_time lm_gpt lm_looped lm_time s2s_base
-        s2s_looped s2s_time task_ed task_ed_cot task_knapsack task_lcs task_lis task_partial_sum
-        timestep_embedding tmlt_gpt tmlt_lt tmlt_tmlt tmlt_tmlt_bidir
+        s2s_base s2s_looped s2s_time task_ed task_ed_cot task_knapsack task_lcs task_lis task_partial_sum
     '''),
     'part 5': _stems('icl', '''
         ab baselines_dtree baselines_linear baselines_relu2nn baselines_sparse cls_looped cls_transformer
@@ -204,13 +206,13 @@ class Case:
         torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol, msg=lambda m: f'{what}: {m}')
 
 
-def _assert_moves(case, adapted, model, computed=()):
+def _assert_moves(case, adapted, model, computed=(), fixed=()):
     "Every tensor of the case has one place, every one of the model one origin; the way back restores it."
     params = case.part('param')
     theirs, ours = [m.theirs for m in adapted.moves], [m.ours for m in adapted.moves]
     assert len(set(theirs)) == len(theirs) and len({(m.ours, m.piece) for m in adapted.moves}) == len(ours)
     assert set(theirs) == set(params) - set(computed)
-    assert set(ours) == set(model.state_dict())
+    assert set(ours) == set(model.state_dict()) - set(fixed)
     back = give(model.state_dict(), adapted.moves)
     assert all(torch.equal(back[name], params[name]) for name in theirs)
 
@@ -688,7 +690,84 @@ def check_fastweight_model(case):
         adam.step()
 
 
+def check_timestep_embedding(case):
+    case.close(timestep_waves(case['in.t'], case.meta['dim']), case['out.embedding'], 'out.embedding')
+
+
+def check_alibi(case):
+    theirs = case['out.RPE']
+    ids, n_heads = torch.arange(case.meta['maxlen'])[None], case.meta['nhead']
+    ours = build_positions('alibi_geometric', n_heads, n_heads).place(ids, theirs.dtype).bias[0]
+    case.close(ours.tril(), theirs, 'out.RPE')
+
+
+def check_dp_eval(case):
+    logits, labels = case['in.logits'], case['in.labels'].long()
+    mask, theirs = labels > 0, case['out.correct_per_example']
+    lengths = torch.full((len(labels),), labels.shape[1])
+    for i in range(len(labels)):
+        row = Batch(labels[i:i + 1], labels[i:i + 1], mask[i:i + 1], mask[i:i + 1], lengths[i:i + 1])
+        whole, count = TokenClassification().metrics(Output(logits[i:i + 1]), row)['sequence_accuracy']
+        assert (int(whole), int(count)) == (int(theirs[i]), 1)
+    tallies = TokenClassification().metrics(Output(logits), Batch(labels, labels, mask, mask, lengths))
+    case.close(torch.as_tensor(means(tallies)['sequence_accuracy']), case['out.accuracy'], 'out.accuracy')
+
+
+def _check_timestep_model(case, tokens, targets, asked):
+    "Weights, logits, loss and gradients of a model of tokens; returns model and logits."
+    adapted = timestep.adapt(case.part('param'), case.config)
+    model = build(adapted).eval()
+    moved = {m.theirs for m in adapted.moves}
+    computed = {n for n in case.part('param') if n not in moved}
+    assert all(n == 'lm_head.weight' or n.split('.')[-1] in ('bias', 'RPE', 'pe') for n in computed)
+    _assert_moves(case, adapted, model, computed, {'embed.null'} & set(model.state_dict()))
+    lengths = torch.full((len(tokens),), tokens.shape[1])
+    batch = Batch(tokens, targets.where(asked, 0), asked, asked, lengths)
+    output = _assert_training(case, adapted, model, batch, TokenClassification())
+    case.close(output.final, case['out.logits'], 'out.logits')
+    return model, output.final
+
+
+def check_timestep_dp(case):
+    labels = case['in.y'].long()
+    model, _ = _check_timestep_model(case, case['in.x'].long(), labels, labels != 0)
+    attention = [n for n in case.tensors if n.endswith('.attn.RPE')]
+    assert case.config['rpe'] == hasattr(model.positions, 'slopes')
+    for name in attention if case.config['rpe'] else ():
+        table = case[name]
+        bias = model.positions.place(torch.arange(table.shape[-1])[None], table.dtype).bias
+        case.close(bias.tril(), table, name)
+
+
+def check_timestep_lm(case):
+    labels = case['in.targets'].long()
+    _, logits = _check_timestep_model(case, case['in.idx'].long(), labels, labels != -1)
+    case.close(logits[:, -1:], case['out.logits_last'], 'out.logits_last')
+
+
+def check_timestep_icl(case):
+    n, start = int(case['in.n_loops']), int(case['in.n_loop_start'])
+    adapted = timestep.adapt(case.part('param'), case.config | {'n_loops': n, 'n_loop_start': start})
+    model = build(adapted).train()
+    _assert_moves(case, adapted, model)
+    batch = CODINGS['prompt']()({'xs': case['in.xs'].numpy(), 'ys': case['in.ys'].numpy()}, ())
+    _assert_training(case, adapted, model, batch, Regression())
+    with torch.no_grad(): every = model(batch, return_loops='all').logits
+    case.close(every[start:, :, ::2, 0], case['out.preds'], 'out.preds')
+    some = n - 1
+    with torch.no_grad(): fewer = model(batch, n_loops=some, return_loops='all').logits
+    case.close(fewer[start:, :, ::2, 0], case['out.preds'][:some - start], f'{some} loops')
+
+
 BUILT = {
+    'timestep/timestep_embedding': check_timestep_embedding,
+    'timestep/alibi': check_alibi,
+    'timestep/dp_eval': check_dp_eval,
+    **dict.fromkeys(_stems('timestep', 'dp_gpt dp_looped dp_time'), check_timestep_dp),
+    **dict.fromkeys(_stems('timestep', '''
+        lm_gpt lm_looped lm_time tmlt_gpt tmlt_lt tmlt_tmlt tmlt_tmlt_bidir
+    '''), check_timestep_lm),
+    **dict.fromkeys(_stems('timestep', 'icl_looped icl_time'), check_timestep_icl),
     **dict.fromkeys(_stems('chunked', '''
         transformer_prenorm_causal transformer_prenorm_full transformer_postnorm_causal
         transformer_postnorm_full rnn_layers1 rnn_layers2 universal_transformer_postnorm_causal

@@ -30,14 +30,17 @@ class Move:
     piece: int | None = None # which of several equal blocks of rows of ours it is; None: all of it
     pattern: str = '' # how entries are arranged anew, as einops writes it: theirs -> ours
     sizes: tuple = () # names in the pattern and their sizes, such as (('heads', 8),)
+    after: int = 0 # rows at the beginning of theirs that are zero and not in ours
 
     def ahead(self, tensor):
         "Theirs to ours."
         tensor = tensor.mT if self.turned else tensor
-        return rearrange(tensor, self.pattern, **dict(self.sizes)) if self.pattern else tensor
+        tensor = rearrange(tensor, self.pattern, **dict(self.sizes)) if self.pattern else tensor
+        return tensor[self.after:] if self.after else tensor
 
     def back(self, tensor):
         "Ours to theirs."
+        if self.after: tensor = torch.cat([tensor.new_zeros(self.after, *tensor.shape[1:]), tensor])
         pattern = ' -> '.join(reversed(self.pattern.split(' -> ')))
         tensor = rearrange(tensor, pattern, **dict(self.sizes)) if pattern else tensor
         return tensor.mT if self.turned else tensor
