@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import PROGRAM, call, quiet_environment, run, tree
+from safetensors.torch import load_file
 
 from looped_nbs.core.config import fields_of
 from looped_nbs.experiments.run import MODELS, TASKS, build, configure
@@ -286,6 +288,50 @@ def test_published_test_set_is_what_is_measured(here):
     assert answer.code == 0, answer.err
     rows = json.loads((here/'run'/'summary.json').read_text())['rows']
     assert [r['count'] for r in rows if r['beyond']] == [6]
+
+
+# A published checkpoint
+
+GOLDENS = Path(__file__).parent/'goldens'
+LOOPED = ('--source', 'icl', '--task', 'linear_regression', '--task.n-dims', '4', '--task.n-points', '4',
+          '--task.test-points', '6', '--evaluate.examples', '8')
+
+
+@pytest.fixture
+def checkpoint(here):
+    "A checkpoint of the in-context study, as its code saves one."
+    case, prefix = load_file(GOLDENS/'icl'/'looped_add_a.safetensors'), 'param.'
+    params = {k.removeprefix(prefix): v for k, v in case.items() if k.startswith(prefix)}
+    torch.save({'model_state_dict': params, 'train_step': 3}, 'state.pt')
+    config = json.loads((GOLDENS/'icl'/'looped_add_a.json').read_text())['config']
+    Path('config.yaml').write_text(json.dumps({'model': config}))
+    return ('state.pt', *LOOPED, '--config', 'config.yaml')
+
+
+def test_import_becomes_a_run(checkpoint):
+    answer = call('import', *checkpoint, '--out', 'run', '--json')
+    assert answer.code == 0, answer.err
+    summary = json.loads(answer.out)
+    assert summary['imported']['source'] == 'icl' and [r['points'] for r in summary['rows']] == [4, 5, 6]
+    assert call('evaluate', 'run', '--n-loops', '9').code == 0
+    assert call('plot', 'run').code == 0 and call('resume', 'run').code == 0
+    assert call('import', *checkpoint, '--out', 'run').code == 2
+
+
+@pytest.mark.parametrize(('words', 'fragment'), [
+    (('--task', 'parity_check'), "task = 'parity_check'"), (('--task.n-dims', '5'), 'task'),
+    (('--source', 'somewhere'), "--source = 'somewhere'"), (('--settings', 'n_head'), '--settings'),
+    (('--settings', 'family=gpt2'), 'family'), (('--config', 'absent.yaml'), 'absent.yaml'),
+    (('--task.test-points', '60'), 'max_len'), (('--model.d-model', '3'), '--model.d-model'),
+], ids=str)
+def test_import_that_does_not_fit(words, fragment, checkpoint):
+    flags = dict(zip(checkpoint[1::2], checkpoint[2::2], strict=True))
+    if words[1] == 'parity_check': flags = {k: v for k, v in flags.items() if not k.startswith('--task.')}
+    flags |= {words[0]: words[1]}
+    answer = call('import', checkpoint[0], *(w for pair in flags.items() for w in pair), '--out', 'run')
+    assert (answer.code, answer.out, answer.err.count('\n')) == (2, '', 1), answer.err
+    assert fragment in answer.err
+    assert not Path('run').exists()
 
 
 # The end of the program

@@ -8,10 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import call, run, start, tree
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
+from looped_nbs.training import compute
 from looped_nbs.training.loop import Trainer
 from looped_nbs.training.runs import RunFolder
 
@@ -258,6 +260,45 @@ def test_a_fault_in_the_seed_of_dropout_would_be_seen(tmp_path, unbroken, monkey
 def test_resumed_copy_equals_unbroken(damaged, unbroken):
     assert call('resume', damaged).code == 0
     assert_same_run(unbroken, damaged)
+
+
+def _from_step_20(folder, copy):
+    "A copy of a finished run as it was after step 20."
+    shutil.copytree(folder, copy)
+    (copy/'summary.json').unlink()
+    shutil.rmtree(newest(copy))
+    return copy
+
+
+COMPILE = pytest.param(('compile', 'true'), marks=pytest.mark.skipif(
+    not os.environ.get('LOOPED_COMPILE'), reason='compiling takes a minute; LOOPED_COMPILE=1 runs it'))
+
+
+@pytest.mark.parametrize('speed', [('linears', 'fastest'), COMPILE])
+def test_resumed_run_computes_as_it_began(speed, tmp_path, monkeypatch):
+    "The libraries chosen for matrix products are those of the folder, not what a new timing would say."
+    monkeypatch.setattr(compute, 'time_products', lambda *shape: dict.fromkeys(compute.PRODUCTS, 1))
+    whole = tmp_path/'whole'
+    assert call(*SHORT, f'--run.{speed[0]}', speed[1], '--out', whole).code == 0
+    chosen = json.loads((whole/'environment.json').read_text())['products']
+    assert bool(chosen) == (speed[0] == 'linears' and compute.has_onednn())
+    monkeypatch.setattr(compute, 'time_products', lambda *shape: dict.fromkeys(compute.PRODUCTS, 0))
+    compute.CHOSEN.clear()
+    torch.compiler.reset()
+    copy = _from_step_20(whole, tmp_path/'copy')
+    assert call('resume', copy).code == 0
+    assert_same_run(whole, copy)
+    compute.CHOSEN.clear()
+
+
+def test_compiled_blocks_learn_the_same(tmp_path):
+    words = ('train', '--task', 'parity_check', '--model', 'looped_transformer', '--model.d-model', '16',
+             '--train.steps', '3', '--train.log-every', '1', '--run.progress', 'false', '--evaluate.examples',
+             '8', '--task.max-length', '6', '--task.test-length', '8')
+    for name in ('false', 'true'):
+        assert call(*words, '--run.compile', name, '--out', tmp_path/name).code == 0
+    losses = [[row['loss'] for row in lines(tmp_path/name) if 'loss' in row] for name in ('false', 'true')]
+    assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_resume_of_a_finished_run_changes_nothing(unbroken, tmp_path):

@@ -210,6 +210,8 @@ class Run:
     device: str = 'auto' # auto, cpu, cuda, cuda:1, mps
     precision: str = 'fp32' # of matrix products in training: fp32, or bf16 with weights in fp32
     threads: int = 0 # CPU threads; 0: chosen by model size
+    linears: str = 'torch' # who multiplies in linear maps: torch, or fastest, timed at the start
+    compile: bool = False # compile every block of the model: a minute more at first, faster steps
     track: str = 'none' # none or wandb (WANDB_MODE=offline works)
     progress: bool = True # show a progress bar
     out: str = '' # run folder; empty: runs/<task>-<model>-<number>
@@ -218,6 +220,7 @@ class Run:
     def __post_init__(self):
         if not 0 <= self.threads <= 1024: raise FieldError('run.threads', self.threads, 'between 0 and 1024')
         one_of('run.precision', self.precision, ['fp32', 'bf16'])
+        one_of('run.linears', self.linears, ['torch', 'fastest'])
         one_of('run.track', self.track, ['none', 'wandb'])
 
 # %% ../../nbs/00_core/04_config.ipynb #ea3b1951

@@ -60,12 +60,15 @@ _SMOKE = {'model.d_model': 32, 'task.max_length': 10, 'task.test_length': 40, 't
           'train.batch_size': 32, 'evaluate.examples': 64, 'evaluate.every': 3}
 _LAPTOP = {'model.d_model': 32, 'optim.lr': 3e-3, 'train.steps': 3000, 'evaluate.every': 4}
 _SHORT = {'task.max_length': 20, 'task.test_length': 60, 'task.train_size': 0}
-_STOP = {'train.steps': 10_000, 'evaluate.validate_every': 200, 'evaluate.validate_on': ('val', 'test'),
-         'evaluate.choose_by': 'sequence_accuracy', 'evaluate.select': 'best', 'evaluate.stop_at': 1.}
+_STOP = {'evaluate.validate_on': ('val', 'test'), 'evaluate.choose_by': 'sequence_accuracy',
+         'evaluate.select': 'best', 'evaluate.stop_at': 1.}
+_DESK = _LAPTOP | _STOP | {'train.steps': 10_000, 'evaluate.validate_every': 200}
+_PAPER = _STOP | {'train.epochs': 300, 'evaluate.validate_every': 157}  # 157 batches are one pass
 HEADLINE = ('linear_transformer', 'deltanet', 'deltanet_negative', 'recurrent_deltanet', 'srwm_published',
             'lstm')
 register_study('fastweight', 'which fast-weight memories compute parity beyond training (Irie et al.)',
                smoke=[(f'fastweight/parity/{model}', _SMOKE) for model in ('recurrent_deltanet', 'deltanet')],
                laptop=[(f'fastweight/parity/{model}', _LAPTOP | _SHORT) for model in HEADLINE],
-               desk=[(f'fastweight/{language}/{model}', _LAPTOP | _STOP)
-                     for language in LANGUAGES for model in MODELS])
+               **{scale: [(f'fastweight/{language}/{model}', fields)
+                          for language in LANGUAGES for model in MODELS]
+                  for scale, fields in (('desk', _DESK), ('paper', _PAPER))})

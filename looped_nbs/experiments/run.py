@@ -41,6 +41,7 @@ from looped_nbs.tasks import (  # noqa: F401  register tasks
 )
 from ..tasks.task import TASKS, Task
 from ..training.callbacks import Checkpoints, MetricLog, Progress, WandbLog, import_wandb, restore
+from ..training.compute import CHOSEN
 from ..training.curriculum import Ramp
 from ..training.devices import pick_device, pick_threads, place
 from ..training.loop import Trainer, fit
@@ -247,6 +248,7 @@ def resume(
         program = 'looped' if n == 1 else f'torchrun --nproc-per-node {n} -m looped_nbs.tools.cli'
         raise FieldError('processes', place()[1], f'{n}, as the run began: {program} resume {path}')
     torch.set_num_threads(began['threads'])
+    CHOSEN.update(began.get('products', {}))
     trainer = Trainer(model, task, experiment)
     if trainer.first: folder.lock()
     return _go(trainer, folder)

@@ -20,6 +20,7 @@ from ..core.config import Experiment
 from ..core.errors import FieldError
 from ..core.streams import numpy_stream, torch_stream
 from ..tasks.objectives import add_tallies
+from .compute import choose_products, compile_blocks
 from .curriculum import Curriculum
 from .devices import pick_device, place, sum_gradients, sum_over_processes, sum_tallies
 from .optim import build_optimiser, learning_rate, set_rate
@@ -57,6 +58,8 @@ class Trainer:
         if self.config.batch_size % self.parts:
             allowed = f'a multiple of {self.parts}, processes times train.accumulation'
             raise FieldError('train.batch_size', self.config.batch_size, allowed)
+        if experiment.run.linears == 'fastest': choose_products(model, self._rows())
+        if experiment.run.compile: compile_blocks(model)
         self.optimiser = build_optimiser(model, experiment.optim)
         self.curriculum = Curriculum(self.config.ramps)
         self.step = 0 # finished steps
@@ -65,6 +68,11 @@ class Trainer:
         self.seconds = 0. # spent in training, over all resumptions
         self.stopped = False # did a callback find that enough is learnt?
         self.failed = False # did a step raise? Then the weights may be damaged
+
+    def _rows(self):
+        "Positions in the longest micro-batch."
+        task = self.task
+        return self.config.batch_size // self.parts * task.encoder.time(task.length(task.axis_range('train')[1]))
 
     def batch(self,
         split: str, # name of a split

@@ -27,6 +27,7 @@ from torch import nn
 import looped_nbs
 from ..core.config import Experiment, read_yaml
 from ..core.errors import DataError, FieldError, InputError
+from .compute import CHOSEN
 from .devices import place
 
 # %% ../../nbs/05_training/02_runs.ipynb #50982aca
@@ -86,7 +87,7 @@ def environment() -> dict: # plain values, for environment.json
     return {'looped_nbs': version, 'python': sys.version.split()[0], 'torch': torch.__version__,
             'commit': _git_commit(), 'machine': platform.machine(), 'system': platform.system(),
             'cpus': os.cpu_count(), 'gpu': cuda, 'threads': torch.get_num_threads(),
-            'processes': place()[1]}
+            'processes': place()[1], 'products': CHOSEN}
 
 # %% ../../nbs/05_training/02_runs.ipynb #2466343e
 _PARTS = ('checkpoints', 'figures', 'plugins')
