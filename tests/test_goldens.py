@@ -24,7 +24,7 @@ from looped_nbs.core.batch import Batch, Output
 from looped_nbs.core.config import Optim
 from looped_nbs.experiments import fastweight_protocol
 from looped_nbs.experiments.fastweight import ResidualNormBlock
-from looped_nbs.interop import chunked, counting, fastweight, icl
+from looped_nbs.interop import chunked, counting, fastweight, icl, translation
 from looped_nbs.interop.adapt import Move, build, give, take
 from looped_nbs.layers.attention import Attention
 from looped_nbs.layers.block import Block, FeedForward
@@ -133,8 +133,8 @@ NOT_BUILT = {
     'part 2': [
     ],
     'part 4': _stems('timestep', '''
-        alibi dp_eval dp_gpt dp_looped dp_time icl_looped icl_time lm_gpt lm_looped lm_time s2s_base
-        s2s_looped s2s_time task_ed task_ed_cot task_knapsack task_lcs task_lis task_partial_sum
+        alibi dp_eval dp_gpt dp_looped dp_time icl_looped icl_time lm_gpt lm_looped lm_time
+        task_ed task_ed_cot task_knapsack task_lcs task_lis task_partial_sum
         timestep_embedding tmlt_gpt tmlt_lt tmlt_tmlt tmlt_tmlt_bidir
     '''),
     'part 5': _stems('icl', '''
@@ -688,6 +688,30 @@ def check_fastweight_model(case):
         adam.step()
 
 
+class SmoothedWords:
+    "The published loss: the right word gets 1 - e - e/V, every word e/V, with e = 0.1."
+    def loss(self, output, batch):
+        guess = output.final.log_softmax(-1)[batch.loss_mask]
+        words, e = guess.shape[-1], .1
+        right = guess.gather(-1, batch.targets[batch.loss_mask][:, None])[:, 0]
+        return -((1 - e - e / words) * right + e / words * guess.sum(-1)).sum(), batch.loss_mask.sum()
+
+
+def check_translation(case):
+    adapted = translation.adapt(case.part('param'), case.config)
+    model = build(adapted).train()
+    _assert_moves(case, adapted, model, computed=translation.COPIES)
+    def batch_of(tokens, targets, **more):
+        real = targets != 0
+        return Batch(tokens, targets, real, real, real.sum(1), key_mask=tokens != 0, **more)
+    source = batch_of(case['in.src'], case['in.src'])
+    batch = batch_of(case['in.dec_in'], case['in.target'], source=source)
+    output = _assert_training(case, adapted, model, batch, SmoothedWords())
+    case.close(output.final, case['out.logits'], 'out.logits')
+    total, count = TokenClassification().loss(output, batch)
+    case.close(total / count, case['out.nll_per_word'], 'out.nll_per_word')
+
+
 BUILT = {
     **dict.fromkeys(_stems('chunked', '''
         transformer_prenorm_causal transformer_prenorm_full transformer_postnorm_causal
@@ -737,6 +761,7 @@ BUILT = {
     '''), check_fastweight_model),
     'linear_fwp/dataset': check_paired_files,
     'linear_fwp/eval': check_bin_metric,
+    **dict.fromkeys(_stems('timestep', 's2s_base s2s_looped s2s_time'), check_translation),
 }
 
 
