@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import FieldError, one_of
-from .adapt import Adapted, Move, count_layers, need, only, take
+from .adapt import Adapted, Move, count_layers, need, take
 from ..models import encoder_decoder  # noqa: F401, it registers the models
 
 # %% ../../nbs/07_interop/06_translation.ipynb #3dcad66c
