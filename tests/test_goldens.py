@@ -27,7 +27,7 @@ from looped_nbs.experiments import (
     timestep_published,  # noqa: F401, registers a mixer
 )
 from looped_nbs.experiments.fastweight import ResidualNormBlock
-from looped_nbs.interop import chunked, counting, fastweight, icl, timestep
+from looped_nbs.interop import chunked, counting, fastweight, icl, timestep, translation
 from looped_nbs.interop.adapt import Move, build, give, take
 from looped_nbs.layers.attention import Attention
 from looped_nbs.layers.block import Block, FeedForward
@@ -137,7 +137,7 @@ NOT_BUILT = {
     'part 2': [
     ],
     'part 4': _stems('timestep', '''
-        s2s_base s2s_looped s2s_time task_ed task_ed_cot task_knapsack task_lcs task_lis task_partial_sum
+        task_ed task_ed_cot task_knapsack task_lcs task_lis task_partial_sum
     '''),
     'part 5': _stems('icl', '''
         ab baselines_dtree baselines_linear baselines_relu2nn baselines_sparse cls_looped cls_transformer
@@ -759,6 +759,30 @@ def check_timestep_icl(case):
     case.close(fewer[start:, :, ::2, 0], case['out.preds'][:some - start], f'{some} loops')
 
 
+class SmoothedWords:
+    "The published loss: the right word gets 1 - e - e/V, every word e/V, with e = 0.1."
+    def loss(self, output, batch):
+        guess = output.final.log_softmax(-1)[batch.loss_mask]
+        words, e = guess.shape[-1], .1
+        right = guess.gather(-1, batch.targets[batch.loss_mask][:, None])[:, 0]
+        return -((1 - e - e / words) * right + e / words * guess.sum(-1)).sum(), batch.loss_mask.sum()
+
+
+def check_translation(case):
+    adapted = translation.adapt(case.part('param'), case.config)
+    model = build(adapted).train()
+    _assert_moves(case, adapted, model, computed=translation.COPIES)
+    def batch_of(tokens, targets, **more):
+        real = targets != 0
+        return Batch(tokens, targets, real, real, real.sum(1), key_mask=tokens != 0, **more)
+    source = batch_of(case['in.src'], case['in.src'])
+    batch = batch_of(case['in.dec_in'], case['in.target'], source=source)
+    output = _assert_training(case, adapted, model, batch, SmoothedWords())
+    case.close(output.final, case['out.logits'], 'out.logits')
+    total, count = TokenClassification().loss(output, batch)
+    case.close(total / count, case['out.nll_per_word'], 'out.nll_per_word')
+
+
 BUILT = {
     'timestep/timestep_embedding': check_timestep_embedding,
     'timestep/alibi': check_alibi,
@@ -816,6 +840,7 @@ BUILT = {
     '''), check_fastweight_model),
     'linear_fwp/dataset': check_paired_files,
     'linear_fwp/eval': check_bin_metric,
+    **dict.fromkeys(_stems('timestep', 's2s_base s2s_looped s2s_time'), check_translation),
 }
 
 

@@ -228,7 +228,7 @@ class EncoderDecoder(SequenceModel):
         ids, _ = self._ids(source, None)
         h = self._enter(self.source_embed or self.embed, source, ids)
         where = {'ids': ids, 'placed': self.scheme.place(ids, h.dtype), 'mask': source.key_mask}
-        for _, h in self.encoder(h, n_loops, **where): pass
+        for _, state in self.encoder(h, n_loops, **where): h = state
         h = self.encoder_norm(h)
         return [layer.cross.read(h, source.key_mask) for layer in self.loop.body.layers]
 
