@@ -142,6 +142,7 @@ class Optim:
     betas: tuple[float, float] = (0.9, 0.999) # decay of the first and second moment
     eps: float = 1e-8 # added to the denominator
     weight_decay: float = 0.0 # per step, relative to lr (adamw) or added to the gradient (adam)
+    decayed: str = 'all' # parameters it acts on: all, all but biases (no_biases), or matrices and the like
     schedule: str = 'constant' # constant or cosine, after the warm-up
     warmup_steps: int = 0 # steps of linear warm-up from 0
     min_lr: float = 0.0 # where the cosine ends
@@ -149,6 +150,7 @@ class Optim:
 
     def __post_init__(self):
         one_of('optim.name', self.name, ['adam', 'adamw'])
+        one_of('optim.decayed', self.decayed, ['all', 'no_biases', 'matrices'])
         one_of('optim.schedule', self.schedule, ['constant', 'cosine'])
         at_least('optim.lr', self.lr, 0, above=True)
         for name in ('eps', 'weight_decay', 'warmup_steps', 'min_lr', 'clip_norm'):

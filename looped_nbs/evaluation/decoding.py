@@ -7,7 +7,7 @@ __all__ = ['Written', 'reading', 'prompts_of', 'greedy', 'draw', 'sample', 'pena
 
 # %% ../../nbs/06_evaluation/03_decoding.ipynb #2ef54ec6
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 

@@ -237,11 +237,16 @@ class SequenceModel(nn.Module):
     def param_groups(self,
         optim: Optim, # the optimiser's section
     ) -> list[dict]: # groups for a torch optimiser
-        "Group parameters; every one is decayed alike, as in the published code of both transformer studies."
-        params = [p for p in self.parameters() if p.requires_grad]
-        return [{'params': params, 'weight_decay': optim.weight_decay}]
+        "Group parameters into those that are decayed and those that are not."
+        decays = {'all': lambda n, p: True, 'no_biases': lambda n, p: 'bias' not in n,
+                  'matrices': lambda n, p: p.dim() > 1}[optim.decayed]
+        groups = {True: [], False: []}
+        for n, p in self.named_parameters():
+            if p.requires_grad: groups[decays(n, p)].append(p)
+        return [{'params': params, 'weight_decay': optim.weight_decay * decayed}
+                for decayed, params in groups.items() if params]
 
-# %% ../../nbs/03_models/00_base.ipynb #15cf09cc
+# %% ../../nbs/03_models/00_base.ipynb #5dc3019e
 def _gpt2(model, depth=None):
     "Normal, deviation 0.02, less for maps that add to the residual stream (Radford et al., section 2.3)."
     spared = {m for e in model.modules() if isinstance(e, TimestepEmbedding) for m in e.modules()}
