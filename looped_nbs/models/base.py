@@ -7,6 +7,7 @@ __all__ = ['MODELS', 'register_model', 'INITS', 'NullEmbedding', 'Cache', 'Seque
 
 # %% ../../nbs/03_models/00_base.ipynb #2feaac69
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -202,17 +203,26 @@ class SequenceModel(nn.Module):
         if self.positions.fills: x = F.pad(x, (0, self.positions.fills))
         return x if self.entrance is None else self.entrance(x, ids)
 
-    def _loop(self, batch, n_loops, return_loops, cache, **where):
-        "Run the loop and read out the wanted states; `where` is for the body."
+    def states(self,
+        batch: Batch, # the examples
+        n_loops: int | None = None, # other number of loops than in training
+        cache: Cache | None = None, # of the tokens before these, with these counted; its states are renewed
+        **where: object, # for the body
+    ) -> Iterator[tuple[int, Tensor]]: # (loop, state after it), one at a time; `read` reads it
+        "Run the loop, and keep nothing."
         ids, so_far = self._ids(batch, cache and cache.read)
         x = self.enter(batch, ids)
         where |= {'ids': ids, 'placed': self.positions.place(ids, x.dtype, so_far), 'mask': self.keys(batch)}
         if cache is not None: where['cache'] = cache.states
+        return self.loop(x, n_loops, **where)
+
+    def _loop(self, batch, n_loops, return_loops, cache, **where):
+        "Run the loop and read out the wanted states; `where` is for the body."
         n = self.loop.n_loops if n_loops is None else n_loops
         wanted = return_loops or ('trained' if self.training else 'last')
         read = {'last': set(), 'trained': set(self.loop.schedule(n)[1]), 'all': set(range(n))}[wanted]
         logits = {}
-        for t, h in self.loop(x, n, **where):
+        for t, h in self.states(batch, n, cache, **where):
             if t in read: logits[t] = self.read(h)
         if t not in logits: logits[t] = self.read(h)  # the last one, wherever the loop stopped
         aux_loss = self.aux_loss(h, batch)
