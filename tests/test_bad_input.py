@@ -304,6 +304,8 @@ FOLDERS = [
     (('evaluate', 'parity', '--n-loops', '3'), 'n_loops = 3', 'has no loops'),
     (('evaluate', 'parity', '--n-loops', 'x'), "n_loops = 'x'", 'a whole number'),
     (('evaluate', 'parity', '--n-loops'), 'n_loops', 'one value'),
+    (('evaluate', 'parity', '--tolerance', '0.1'), 'tolerance = 0.1', 'has no loops'),
+    (('evaluate', 'parity', '--tolerance', 'small'), "tolerance = 'small'", 'a number'),
     (('evaluate', 'parity', '--task.coding', 'prompt'), "task.coding = 'prompt'", 'last'),
     (('evaluate', 'parity', '--task.coding', 'tape'), 'as it was trained'),
     (('evaluate', 'parity', '--task.max-length', '2'), 'length', 'trained'),

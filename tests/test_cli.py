@@ -134,6 +134,10 @@ def test_evaluate(finished):
     assert call('evaluate', finished/'words').out.startswith('| task')
     kept = sorted(p.name for p in (finished/'words').glob('evaluation-*.json'))
     assert kept == [f'evaluation-{i}.json' for i in (1, 2, 3)]
+    for tolerance, loops in ((100, 1), (0, before['n_loops'] if 'n_loops' in before else None)):
+        early = call('evaluate', finished/'words', '--tolerance', str(tolerance), '--json').json()
+        assert early['tolerance'] == tolerance and loops in (None, early['loops_used'])
+    assert 'used on average' in call('evaluate', finished/'words', '--tolerance', '.1', '--n-loops', '9').out
     assert json.loads((finished/'words'/'summary.json').read_text()) == before
 
 

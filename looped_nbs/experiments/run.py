@@ -23,6 +23,7 @@ from ..evaluation.generalisation import generalisation, summarise
 from ..evaluation.report import Table, plot_curves, table
 from ..evaluation.validation import Validate
 from . import chunked, counting, demo, fastweight, icl  # noqa: F401  registers presets
+from ..layers.loop import settled
 from ..models import fast_weights, recurrent, transformer  # noqa: F401  registers models
 from ..models.base import MODELS, SequenceModel
 from ..tasks import counting as counting_tasks  # noqa: F401  registers tasks
@@ -311,6 +312,7 @@ def trained(
 def evaluate(
     path: str, # a run folder
     overrides: Mapping[str, object] | None = None, # dotted fields of task and evaluate to values
+    tolerance: float | None = None, # stop the loop when no state moves by more than this part of its size
     **controls: int, # controls of the model, such as n_loops
 ) -> Run: # the new measurement
     "Evaluate the weights of a run again; saved as evaluation-1, evaluation-2, …"
@@ -321,14 +323,27 @@ def evaluate(
             raise FieldError(name, overrides[name], allowed)
     _same_question(load(path, overrides)[2], load(path)[2])
     exp, task, model, state = trained(path, overrides)
-    if 'n_loops' in controls and 'n_loops' not in exp.model.kwargs:
-        raise FieldError('n_loops', controls['n_loops'], f'absent: {exp.model.name} has no loops')
+    for name, value in {'tolerance': tolerance, **controls}.items():
+        if value is not None and 'n_loops' not in exp.model.kwargs:
+            raise FieldError(name, value, f'absent: {exp.model.name} has no loops')
+    used = [] if tolerance is None else _stop_early(model.loop, tolerance, controls.get('n_loops'))
     measured = measure(exp, task, model, exp.evaluate, **controls)
     number = 1 + len(list(Path(path).glob('evaluation-*.json')))
     spent = {'steps': state['step'], 'seconds': state['seconds']}
+    if used: spent |= {'tolerance': tolerance, 'loops_used': sum(used) / len(used)}
     run = Run(Path(path), measured | spent, f'evaluation-{number}')
     save(run)
     return run
+
+def _stop_early(loop, tolerance, n_loops):
+    "Let a loop stop when states settle; the list that is returned fills with the loops that it ran."
+    used, stop, last = [], settled(tolerance), (n_loops or loop.n_loops) - 1
+    def leave(new, old, t):
+        done = stop(new, old, t)
+        if done or t == last: used.append(t + 1)
+        return done
+    loop.stop = leave
+    return used
 
 def _same_question(asked, taught):
     "Refuse to evaluate under another coding or another training range than the task was taught in."

@@ -20,6 +20,7 @@ from ..core.config import Evaluate, Experiment, Named, Optim, Run, Train
 from ..core.streams import numpy_stream, torch_stream
 from ..evaluation.report import table
 from ..experiments.run import MODELS, TASKS
+from ..layers.attention import attend
 from ..ops.build import fma_rate
 from ..ops.delta import DELTA
 from ..ops.elementwise_lstm import ELEMENTWISE_LSTM
@@ -133,10 +134,10 @@ def bench_ops(
 _CASES = {'transformer': {'d_model': 64, 'n_layers': 5, 'n_heads': 8},
           'looped_transformer': {'d_model': 64, 'n_loops': 5, 'n_heads': 8}, 'lstm': {'d_model': 64}}
 
-def _trainer(model, fields, batch_size, length=40, coding='last'):
+def _trainer(model, fields, batch_size, length=40, coding='last', **run):
     "A trainer on parity at one length."
     protocol = Train(steps=10**9, batch_size=batch_size, log_every=20)
-    experiment = Experiment(Named(), Named(), Optim(), protocol, Evaluate(), Run(device='cpu'))
+    experiment = Experiment(Named(), Named(), Optim(), protocol, Evaluate(), Run(device='cpu', **run))
     task = TASKS['parity_check'](min_length=length, max_length=length, test_length=length + 1, coding=coding)
     with torch_stream(0, 'init'): built = MODELS[model].from_task(task, **fields)
     return Trainer(built, task, experiment), experiment
@@ -185,24 +186,54 @@ _STUDY = {'encoder_transformer': _BLOCKS, 'softmax_transformer': _BLOCKS, 'linea
           'deltanet': _BLOCKS, 'recurrent_deltanet': _BLOCKS, 'srwm': _BLOCKS,
           'elementwise_lstm': {'d_model': 64, 'd_embed': 128}, 'lstm': {'d_model': 64, 'd_embed': 128}}
 
+_LOOPED = {'d_model': 64, 'n_loops': 20, 'norm_type': 'rms', 'activation': 'silu', 'final_norm': 'layer', 'init': 'gpt2',
+           'positions': 'sinusoidal', 'entrance': 'normed'}
+_TIMED = {**_LOOPED, 'norm_type': 'rms_plain', 'timestep': 'scales_first'}
+
+def _explicit(mixer):
+    "Attention by its definition, in place of the layer's fast form."
+    def forward(x, *, context=None, mask=None, positions=None, state=None):
+        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+        return mixer.out(attend(*mixer._project(x), later).transpose(1, 2).flatten(2)), None
+    mixer.forward = forward
+
+def _loop_steps(batch_size, length):
+    "Steps of looped models by name: by definition, plain and modulated, with both kinds of linear maps."
+    for model, fields in (('looped', _LOOPED), ('modulated', _TIMED)):
+        for how, run in (('by definition', {}), ('', {}), ('fastest linears', {'linears': 'fastest'})):
+            trainer, _ = _trainer('universal_transformer', fields, batch_size, length, **run)
+            if 'definition' in how: _explicit(trainer.model.loop.body.layers[0].mixer)
+            yield f'{model} {how}'.strip(), _bare(trainer, 1)
+
+def _in_turns(steps, beside, rounds):
+    "Time steps in turns, so that a busy machine slows all alike, and compare each with the first."
+    times = {name: [] for name in steps}
+    for step in steps.values(): step()
+    for name, step in list(steps.items()) * rounds:
+        start = time.perf_counter()
+        step()
+        times[name].append(time.perf_counter() - start)
+    first = min(times[next(iter(steps))])
+    return [{'model': name, 'step ms': round(statistics.median(t) * 1e3, 2), 'best ms': round(min(t) * 1e3, 2),
+             'beside': beside, 'times faster': round(first / min(t), 2), 'threads': torch.get_num_threads(),
+             'load': load()} for name, t in times.items()]
+
 def bench_models(
-    batch_size: int = 32, # strings in a step
+    batch_size: int = 32, # strings in a step of the fast-weight study; twice as many for looped models
     length: int = 50, # symbols of each
+    loop_length: int = 81, # symbols of each, for looped models
     threads: int = 2, # as many as there are, at most
-    seconds: float = 2., # for each timing
+    rounds: int = 7, # timed steps of each model
 ) -> list[dict]: # one row per model
-    "Time training steps of the fast-weight study's models, beside the transformer encoder of PyTorch."
-    rows, old = [], torch.get_num_threads()
+    "Time training steps of the fast-weight and the timestep study's models, beside a reference of each."
+    old = torch.get_num_threads()
     torch.set_num_threads(min(threads, os.cpu_count()))
     try:
-        for model, fields in _STUDY.items():
-            step = _bare(_trainer(model, fields, batch_size, length, 'prefix')[0], 1)
-            best, middle = stopwatch(step, 7, seconds)
-            rows.append({'model': model, 'step ms': round(middle * 1e3, 2), 'best ms': round(best * 1e3, 2)})
-            rows[-1]['encoder/this'] = round(rows[0]['best ms'] / rows[-1]['best ms'], 2)
-            rows[-1] |= {'threads': torch.get_num_threads(), 'load': load()}
+        study = {m: _bare(_trainer(m, f, batch_size, length, 'prefix')[0], 1) for m, f in _STUDY.items()}
+        rows = _in_turns(study, 'encoder_transformer', rounds)
+        looped = dict(_loop_steps(2 * batch_size, loop_length))
+        return rows + _in_turns(looped, next(iter(looped)), rounds)
     finally: torch.set_num_threads(old)
-    return rows
 
 # %% ../../nbs/09_tools/01_bench.ipynb #c1a262f7
 def bench(

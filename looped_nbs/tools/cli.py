@@ -172,10 +172,12 @@ def evaluate_verb(
     if len(words) != 1 and not wants_help: raise FieldError('run', ' '.join(words), 'one run folder')
     experiment = load(words[0])[1] if words else configure(task='parity_check', model='transformer')
     sections = ('task', 'evaluate', 'run')
-    if wants_help: _help('evaluate', 'RUN [--n-loops N] [--json]', experiment, sections)
+    if wants_help: _help('evaluate', 'RUN [--n-loops N] [--tolerance X] [--json]', experiment, sections)
     as_json, loops = flags.pop('json', None), _take(flags, 'n_loops')
     if as_json: raise FieldError('--json', ' '.join(as_json), 'no value')
     controls = {} if loops is None else {'n_loops': coerce('n_loops', loops, int)}
+    tolerance = _take(flags, 'tolerance')
+    if tolerance is not None: controls['tolerance'] = coerce('tolerance', tolerance, float)
     run = evaluate(words[0], check_flags(flags, experiment, sections), **controls)
     if as_json is not None: print(dumps(run.summary))
     else: print(f'{run.table()}\n\nnumbers  {run.path}/{run.name}.json')
