@@ -146,7 +146,8 @@ class EncoderDecoder(SequenceModel):
     ):
         nn.Module.__init__(self)
         layers = n_layers, n_layers if decoder_layers is None else decoder_layers
-        self._check(features, dropout, d_model=d_model, n_heads=n_heads, n_layers=layers[0], decoder_layers=layers[1])
+        sizes = {'d_model': d_model, 'n_heads': n_heads, 'n_layers': layers[0], 'decoder_layers': layers[1]}
+        self._check(features, dropout, **sizes)
         self.d_model, self.features, self.dropout = d_model, False, nn.Dropout(dropout)
         self._tables(d_in, d_out if d_target is None else d_target, d_out, shared, tied)
         self._number(positions, n_heads, max_len)
@@ -156,9 +157,7 @@ class EncoderDecoder(SequenceModel):
         self._halves(layers, (n_loops, n_loops if decoder_loops is None else decoder_loops), inject,
                      partial(build_mixer, mixer, d_model, **attention),
                      partial(Attention, d_model, causal=False, **attention), inner, block)
-        exits = norm == 'pre' if final_norm is None else final_norm
-        self.encoder_norm, self.norm = (nn.LayerNorm(d_model) if exits else nn.Identity() for _ in range(2))
-        self.reset()
+        self._exits(norm == 'pre' if final_norm is None else final_norm)
 
     def _check(self, features, dropout, **sizes):
         "Refuse features, sizes below 1, heads that do not divide the width, a dropout that is none."
@@ -189,7 +188,13 @@ class EncoderDecoder(SequenceModel):
         around = INJECTIONS[one_of('inject', inject, INJECTIONS)]
         reader = self._stack(self._layers(layers[0], partial(own, causal=False), None, inner, **block))
         writer = self._stack(self._layers(layers[1], partial(own, causal=True), cross, inner, **block))
-        self.encoder, self.loop = (Loop(s, n, *around) for s, n in zip((reader, writer), n_loops, strict=True))
+        self.encoder, self.loop = Loop(reader, n_loops[0], *around), Loop(writer, n_loops[1], *around)
+
+    def _exits(self, normed):
+        "The norms after the last rounds, and initial weights for all."
+        norm = nn.LayerNorm if normed else nn.Identity
+        self.encoder_norm, self.norm = norm(self.d_model), norm(self.d_model)
+        self.reset()
 
     def _block(self, mixer, cross, feedforward, d_model, norm, dropout, norm_type):
         "One block, of the encoder where there is nothing to read across."
@@ -232,7 +237,8 @@ class EncoderDecoder(SequenceModel):
         "Encode the source, and project its keys and values once."
         source = batch.source
         if source is None: raise FieldError('batch.source', None, 'a batch of sequences to read')
-        if not source.inputs.shape[1]: raise FieldError('batch.source', 'empty', 'one word or more in each row')
+        if not source.inputs.shape[1]:
+            raise FieldError('batch.source', 'empty', 'one word or more in each row')
         ids, _ = self._ids(source, None)
         h = self._enter(self.source_embed or self.embed, source, ids)
         where = {'ids': ids, 'placed': self.scheme.place(ids, h.dtype), 'mask': source.key_mask}
@@ -276,7 +282,8 @@ class TimestepEncoderDecoder(EncoderDecoder):
         **fields: object, # fields of the encoder-decoder
     ):
         self.chunks = CHUNK_ORDERS[one_of('chunk_order', chunk_order, CHUNK_ORDERS)]
-        if fields.get('norm', 'pre') != 'pre': raise FieldError('norm', fields['norm'], 'pre in modulated blocks')
+        if fields.get('norm', 'pre') != 'pre':
+            raise FieldError('norm', fields['norm'], 'pre in modulated blocks')
         fields |= {'n_layers': n_layers, 'n_loops': n_loops, 'norm_type': norm_type}
         super().__init__(d_in, d_out, features, **fields)
 
