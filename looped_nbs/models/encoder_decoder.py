@@ -223,6 +223,12 @@ class EncoderDecoder(SequenceModel):
     @property
     def positions(self): return self.scheme
 
+    def position_ids(self, batch, rng=None):
+        source = batch.source
+        if source is not None and source.position_ids is None:
+            source.position_ids = super().position_ids(source, rng)
+        return super().position_ids(batch, rng)
+
     def enter(self, batch, ids): return self._enter(self.embed, batch, ids)
 
     def _enter(self, table, batch, ids):
