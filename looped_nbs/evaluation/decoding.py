@@ -7,7 +7,7 @@ __all__ = ['Written', 'reading', 'prompts_of', 'greedy', 'draw', 'sample', 'pena
 
 # %% ../../nbs/06_evaluation/03_decoding.ipynb #2ef54ec6
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -49,7 +49,7 @@ def prompts_of(
         n, device = len(batch.source), batch.source.inputs.device
         return torch.full((n, 1), start, device=device), torch.ones(n, dtype=torch.long, device=device)
     lengths = batch.lengths if batch.prompt_lengths is None else batch.prompt_lengths
-    if len(lengths) and int(lengths.min()) < 1: raise FieldError('prompt', 'empty', 'at least one token in every row')
+    if len(lengths) and int(lengths.min()) < 1: raise FieldError('prompt', 'empty', 'one token or more')
     return batch.inputs, lengths
 
 def _write(model, batch, pick, max_words, start, end, n_loops):
@@ -72,7 +72,8 @@ def _write(model, batch, pick, max_words, start, end, n_loops):
         done = done | writes & ((word == end) | (counts == max_words))
         given = prompts[:, min(place, prompts.shape[1] - 1)]
         tokens, place = torch.where(place >= lengths, word, given)[:, None], place + 1
-    return [_written(w[:n], p, end) for w, n, p in zip(words.tolist(), counts.tolist(), log_probs.tolist(), strict=True)]
+    rows = zip(words.tolist(), counts.tolist(), log_probs.tolist(), strict=True)
+    return [_written(w[:n], log_prob, end) for w, n, log_prob in rows]
 
 def _written(words, log_prob, end):
     "A text without its end marker."
@@ -91,7 +92,8 @@ def greedy(
 ) -> list[Written]: # one for each row
     "Write the likeliest word each time."
     with reading(model) as device:
-        return _write(model, batch.to(device), lambda logits, _: logits.argmax(-1), max_words, start, end, n_loops)
+        likeliest = lambda logits, counts: logits.argmax(-1)
+        return _write(model, batch.to(device), likeliest, max_words, start, end, n_loops)
 
 # %% ../../nbs/06_evaluation/03_decoding.ipynb #00b0f540
 def draw(
@@ -125,10 +127,11 @@ def sample(
     at_least('temperature', temperature, 0, above=True)
     if temperature == math.inf: raise FieldError('temperature', temperature, 'a finite number')
     if top_k is not None: at_least('top_k', top_k, 1)
-    rows = len(batch if batch.source is None else batch.source)
-    chances = [numpy_stream(seed, 'sample', row).random(at_least('max_words', max_words, 1)) for row in range(rows)]
+    at_least('max_words', max_words, 1)
+    rows = range(len(batch if batch.source is None else batch.source))
+    chances = np.array([numpy_stream(seed, 'sample', row).random(max_words) for row in rows])
     with reading(model) as device:
-        chances = torch.from_numpy(np.array(chances)).to(device)
+        chances = torch.from_numpy(chances).to(device)
         def pick(logits, counts):
             here = counts.clamp(max=max_words - 1)[:, None]
             return draw(logits, chances.gather(1, here)[:, 0], temperature, top_k)
@@ -153,7 +156,8 @@ class _Beam:
     def finish(self, sums, divisor):
         "Note finished texts (alive, width) that are better than the best so far."
         top, which = sums.max(1)
-        for i, (sentence, log_prob, j) in enumerate(zip(*(x.tolist() for x in (self.alive, top, which)), strict=True)):
+        found = (x.tolist() for x in (self.alive, top, which))
+        for i, (sentence, log_prob, j) in enumerate(zip(*found, strict=True)):
             old, score = self.best[sentence], log_prob / divisor
             if log_prob > -math.inf and (old is None or score > old[0]):
                 self.best[sentence] = score, self.words[i, j].tolist(), log_prob
@@ -179,7 +183,8 @@ def beam_search(
     "Search for the most probable text with the beam of the timestep study."
     at_least('beam', beam, 1)
     at_least('max_words', max_words, 1)
-    if not math.isfinite(length_penalty): raise FieldError('length_penalty', length_penalty, 'a finite number')
+    if not math.isfinite(length_penalty):
+        raise FieldError('length_penalty', length_penalty, 'a finite number')
     if batch.source is None: raise FieldError('batch.source', None, 'a batch of sequences to read')
     with reading(model) as device:
         return _search(model, batch.to(device), max_words, beam, length_penalty, start, end, n_loops)

@@ -54,14 +54,16 @@ def adapt(
     config: dict, # the settings it was trained with: cls, num_heads, num_loops, prenormalized
 ) -> Adapted: # an encoder-decoder
     "Adapt a checkpoint of a translation model."
-    if TABLE not in params: raise FieldError('checkpoint', next(iter(params), None), f'a state dict with {TABLE}')
+    if TABLE not in params:
+        raise FieldError('checkpoint', next(iter(params), None), f'a state dict with {TABLE}')
     for name in COPIES:
         if name in params and not torch.equal(params[name], params[TABLE]):
             raise FieldError('checkpoint', name, f'equal to {TABLE}: there is one table')
     cls = one_of('cls', need(config, 'cls'), CLASSES)
     timed, looped = cls.startswith('Time'), cls != 'Transformer'
     n_layers = {half: count_layers(params, f'{half}.blocks.') for half in HALVES}
-    if looped and set(n_layers.values()) != {1}: raise FieldError('num_layers', n_layers['encoder'], '1 in a loop')
+    if looped and set(n_layers.values()) != {1}:
+        raise FieldError('num_layers', n_layers['encoder'], '1 in a loop')
     (words, d_model), pre = params[TABLE].shape, bool(need(config, 'prenormalized'))
     kinds = [kind for kind in ('weight', 'bias') if f'encoder.blocks.0.lnorm1.{kind}' in params]
     fields = {

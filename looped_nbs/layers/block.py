@@ -95,7 +95,7 @@ class Stack(nn.Module):
         h: Tensor, # (batch, time, d_model)
         states: list | None = None, # one state per layer, from the last call
         *,
-        ids: Tensor | None = None, # position ids (batch, time) of these and all earlier tokens; None: 0, 1, ...
+        ids: Tensor | None = None, # position ids of these and all earlier tokens (batch, time); None: 0, 1 …
         placed: Placed | None = None, # positions placed before, to share over loops
         mask: Tensor | None = None, # keys (batch, time), or pairs (batch, time, time), that may be read
         each: Sequence[dict] | None = None, # further arguments, of each layer its own
@@ -106,7 +106,8 @@ class Stack(nn.Module):
         time, n, kept = h.shape[1], len(self.layers), []
         if ids is None: ids = torch.arange(time, device=h.device).expand(h.shape[:2])
         new = ids[:, ids.shape[1] - time:]
-        if placed is None: placed = self.positions.place(new, h.dtype, None if new.shape == ids.shape else ids)
+        so_far = None if new.shape == ids.shape else ids
+        if placed is None: placed = self.positions.place(new, h.dtype, so_far)
         h = self.dropout(self.positions.embed(h, new))
         for layer, state, own in zip(self.layers, states or [None] * n, each or [{}] * n, strict=True):
             h, state = layer(h, state=state, mask=mask, positions=placed, **own)

@@ -179,7 +179,9 @@ class SequenceModel(nn.Module):
     def _ids(self, batch, read):
         "Position ids of all tokens read so far, and of those of the batch."
         if batch.position_ids is not None: return batch.position_ids, None
-        if not read: return self.position_ids(batch).to(batch.inputs.device), None
+        if not read:  # numbered where rows are drawn, not on a GPU
+            ids = self.position_ids(replace(batch, source=None).map(Tensor.cpu))
+            return ids.to(batch.inputs.device), None
         so_far = batch.inputs.new_zeros(1, read).expand(len(batch), -1)
         ids = self.position_ids(replace(batch, inputs=so_far, lengths=so_far.sum(1) + read))
         ids = ids.to(batch.inputs.device)

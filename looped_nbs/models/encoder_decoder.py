@@ -60,7 +60,8 @@ class DecoderBlock(Block):
         "Apply the block."
         y, state = self.mixer(self.norm1(h) if self.pre else h, state=state, **where)
         h = h + self.dropout(y)
-        h = self._add(h if self.pre else self.norm1(h), self.norm_cross, lambda x: self.cross(x, context=context)[0])
+        if not self.pre: h = self.norm1(h)
+        h = self._add(h, self.norm_cross, lambda x: self.cross(x, context=context)[0])
         return self._add(h, self.norm2, self.feedforward), state
 
 # %% ../../nbs/03_models/05_encoder_decoder.ipynb #43e41019
@@ -144,44 +145,56 @@ class EncoderDecoder(SequenceModel):
         d_target: int | None = None, # size of the vocabulary that the decoder reads; none: d_out
     ):
         nn.Module.__init__(self)
-        d_target, d_ff = d_target or d_out, 4 * d_model if d_ff is None else d_ff
-        decoder_layers, decoder_loops = decoder_layers or n_layers, decoder_loops or n_loops
-        self._check(features, dropout, d_model=d_model, n_heads=n_heads, n_layers=n_layers)
-        self._check_tables(d_in, d_target, d_out, shared, tied)
-        self.features, self.d_model, self.tied = False, d_model, tied
-        self.scheme = build_positions(positions, d_model, n_heads, max_len)
-        if self.scheme.fills: raise FieldError('positions', positions, 'one that leaves the embedding whole')
-        self.input_scale, self.dropout = math.sqrt(d_model), nn.Dropout(dropout)
-        self.source_embed = None if shared else nn.Embedding(d_in, d_model)
-        self.embed = nn.Embedding(d_target, d_model)
-        self.head = TiedHead(d_model, d_out) if tied else nn.Linear(d_model, d_out)
+        layers = n_layers, n_layers if decoder_layers is None else decoder_layers
+        sizes = {'d_model': d_model, 'n_heads': n_heads, 'n_layers': layers[0], 'decoder_layers': layers[1]}
+        self._check(features, dropout, **sizes)
+        self.d_model, self.features, self.dropout = d_model, False, nn.Dropout(dropout)
+        self._tables(d_in, d_out if d_target is None else d_target, d_out, shared, tied)
+        self._number(positions, n_heads, max_len)
         attention = {'n_heads': n_heads, 'dropout': dropout, 'bias': attention_bias}
-        own = partial(build_mixer, mixer, d_model, **attention)
-        cross = partial(Attention, d_model, causal=False, **attention)
-        block = {'feedforward': partial(FeedForward, d_model, d_ff, activation, dropout), 'd_model': d_model,
-                 'norm': norm, 'dropout': dropout, 'norm_type': norm_type}
-        loops = INJECTIONS[one_of('inject', inject, INJECTIONS)]
-        reader = self._stack(n_layers, partial(own, causal=False), None, **block)
-        writer = self._stack(decoder_layers, partial(own, causal=True), cross, **block)
-        self.encoder, self.loop = Loop(reader, n_loops, *loops), Loop(writer, decoder_loops, *loops)
-        exits = norm == 'pre' if final_norm is None else final_norm
-        self.encoder_norm, self.norm = (nn.LayerNorm(d_model) if exits else nn.Identity() for _ in range(2))
-        self.reset()
+        inner = partial(FeedForward, d_model, 4 * d_model if d_ff is None else d_ff, activation, dropout)
+        block = {'d_model': d_model, 'norm': norm, 'dropout': dropout, 'norm_type': norm_type}
+        self._halves(layers, (n_loops, n_loops if decoder_loops is None else decoder_loops), inject,
+                     partial(build_mixer, mixer, d_model, **attention),
+                     partial(Attention, d_model, causal=False, **attention), inner, block)
+        self._exits(norm == 'pre' if final_norm is None else final_norm)
 
     def _check(self, features, dropout, **sizes):
-        "Refuse features, sizes below 1, heads that do not divide the width, a dropout that is no probability."
+        "Refuse features, sizes below 1, heads that do not divide the width, a dropout that is none."
         if features: raise FieldError('features', True, 'false: an encoder-decoder reads words')
         for name, value in sizes.items(): at_least(name, value, 1)
         if sizes['d_model'] % sizes['n_heads']:
             raise FieldError('d_model', sizes['d_model'], f"a multiple of n_heads = {sizes['n_heads']}")
         if not 0 <= dropout < 1: raise FieldError('dropout', dropout, 'a probability in [0, 1)')
 
-    def _check_tables(self, d_in, d_target, d_out, shared, tied):
-        "Refuse one table where there are two vocabularies."
+    def _tables(self, d_in, d_target, d_out, shared, tied):
+        "Embeddings and classifier; one table cannot serve two vocabularies."
         if shared and d_in != d_target:
             raise FieldError('shared', True, f'false where {d_in} words are read and {d_target} written')
         if tied and d_target != d_out:
-            raise FieldError('tied', True, f'false where the decoder reads {d_target} words and writes {d_out}')
+            raise FieldError('tied', True, f'false where {d_target} words are read back and {d_out} written')
+        self.source_embed = None if shared else nn.Embedding(d_in, self.d_model)
+        self.embed, self.tied = nn.Embedding(d_target, self.d_model), tied
+        self.head = TiedHead(self.d_model, d_out) if tied else nn.Linear(self.d_model, d_out)
+
+    def _number(self, positions, n_heads, max_len):
+        "The scheme of positions, one for both halves."
+        self.scheme = build_positions(positions, self.d_model, n_heads, max_len)
+        self.input_scale = math.sqrt(self.d_model)
+        if self.scheme.fills: raise FieldError('positions', positions, 'one that leaves the embedding whole')
+
+    def _halves(self, layers, n_loops, inject, own, cross, inner, block):
+        "The loops of encoder and decoder."
+        around = INJECTIONS[one_of('inject', inject, INJECTIONS)]
+        reader = self._stack(self._layers(layers[0], partial(own, causal=False), None, inner, **block))
+        writer = self._stack(self._layers(layers[1], partial(own, causal=True), cross, inner, **block))
+        self.encoder, self.loop = Loop(reader, n_loops[0], *around), Loop(writer, n_loops[1], *around)
+
+    def _exits(self, normed):
+        "The norms after the last rounds, and initial weights for all."
+        norm = nn.LayerNorm if normed else nn.Identity
+        self.encoder_norm, self.norm = norm(self.d_model), norm(self.d_model)
+        self.reset()
 
     def _block(self, mixer, cross, feedforward, d_model, norm, dropout, norm_type):
         "One block, of the encoder where there is nothing to read across."
@@ -194,7 +207,7 @@ class EncoderDecoder(SequenceModel):
             own = mixer(relative=self.scheme.per_layer())
             yield self._block(own, cross and cross(), feedforward(), **block)
 
-    def _stack(self, n, *parts, **block): return Stack(self._layers(n, *parts, **block))
+    def _stack(self, layers): return Stack(layers)
 
     def reset(self) -> None:
         "Set initial weights: Xavier for queries, keys and values; no biases; tables as of a linear map."
@@ -210,6 +223,12 @@ class EncoderDecoder(SequenceModel):
     @property
     def positions(self): return self.scheme
 
+    def position_ids(self, batch, rng=None):
+        source = batch.source
+        if source is not None and source.position_ids is None:
+            source.position_ids = super().position_ids(source, rng)
+        return super().position_ids(batch, rng)
+
     def enter(self, batch, ids): return self._enter(self.embed, batch, ids)
 
     def _enter(self, table, batch, ids):
@@ -224,7 +243,8 @@ class EncoderDecoder(SequenceModel):
         "Encode the source, and project its keys and values once."
         source = batch.source
         if source is None: raise FieldError('batch.source', None, 'a batch of sequences to read')
-        if not source.inputs.shape[1]: raise FieldError('batch.source', 'empty', 'at least one word in every row')
+        if not source.inputs.shape[1]:
+            raise FieldError('batch.source', 'empty', 'one word or more in each row')
         ids, _ = self._ids(source, None)
         h = self._enter(self.source_embed or self.embed, source, ids)
         where = {'ids': ids, 'placed': self.scheme.place(ids, h.dtype), 'mask': source.key_mask}
@@ -237,7 +257,7 @@ class EncoderDecoder(SequenceModel):
         if batch is None: raise FieldError('batch', None, 'one with a source')
         context = self.context(batch, n_loops)
         short = int((batch.source.lengths < 1).sum())
-        if short: raise FieldError('batch.source', f'{short} empty rows', 'at least one word in every row')
+        if short: raise FieldError('batch.source', f'{short} empty rows', 'one word or more in each row')
         return replace(cache, context=context)
 
     def forward(self, batch, n_loops=None, return_loops=None, cache=None):
@@ -268,13 +288,14 @@ class TimestepEncoderDecoder(EncoderDecoder):
         **fields: object, # fields of the encoder-decoder
     ):
         self.chunks = CHUNK_ORDERS[one_of('chunk_order', chunk_order, CHUNK_ORDERS)]
-        if fields.get('norm', 'pre') != 'pre': raise FieldError('norm', fields['norm'], 'pre for modulated blocks')
-        super().__init__(d_in, d_out, features, n_layers=n_layers, n_loops=n_loops, norm_type=norm_type, **fields)
+        if fields.get('norm', 'pre') != 'pre':
+            raise FieldError('norm', fields['norm'], 'pre in modulated blocks')
+        fields |= {'n_layers': n_layers, 'n_loops': n_loops, 'norm_type': norm_type}
+        super().__init__(d_in, d_out, features, **fields)
 
     def _block(self, mixer, cross, feedforward, d_model, norm, dropout, norm_type):
         parts = (mixer, feedforward) if cross is None else (mixer, cross, feedforward)
         kind = ModulatedBlock if cross is None else ModulatedDecoderBlock
         return kind(*parts, d_model, dropout, norm_type, self.chunks)
 
-    def _stack(self, n, *parts, **block):
-        return ModulatedStack(self._layers(n, *parts, **block), TimestepEmbedding(block['d_model']))
+    def _stack(self, layers): return ModulatedStack(layers, TimestepEmbedding(self.d_model))
