@@ -8,6 +8,7 @@ __all__ = ['SPLITS', 'END', 'TOKENIZERS', 'Corpus', 'hash_of', 'python_topics', 
            'make_vocabulary']
 
 # %% ../../nbs/04_tasks/09_text.ipynb #82ae756b
+import functools
 import hashlib
 import json
 import re
@@ -49,17 +50,17 @@ def _part(lines, total, split):
         if low * total <= place < high * total: yield line
         place += len(line.encode()) + 1
 
-def _in_one_piece(name, key, read):
+def _in_one_piece(name, key, size, read):
     "A corpus that is cut by position; `read` gives all its lines."
-    total = sum(len(line.encode()) + 1 for line in read())
-    return Corpus(name, key, total, 'by position: 90, 5 and 5 % of the bytes',
-                  lambda split: _part(read(), total, split))
+    total = functools.cache(lambda: sum(len(line.encode()) + 1 for line in read()))
+    return Corpus(name, key, size, 'by position: 90, 5 and 5 % of the bytes',
+                  lambda split: _part(read(), total(), split))
 
 def python_topics() -> Corpus: # always there
     "The prose of Python's own documentation of its language, some 65,000 words of English."
     from pydoc_data.topics import topics
     text = '\n'.join(topics[name] for name in sorted(topics))
-    return _in_one_piece('pydoc_data.topics of this Python', hash_of([text.encode()]),
+    return _in_one_piece('pydoc_data.topics of this Python', hash_of([text.encode()]), len(text),
                          lambda: iter(text.split('\n')))
 
 # %% ../../nbs/04_tasks/09_text.ipynb #b9e7ab0e
@@ -96,7 +97,7 @@ def local_text(
     if not size: raise FieldError('source', str(path), 'a file or folder with text: this one is empty')
     key = hash_of(part for p in paths for part in (p.name.encode() * (len(paths) > 1), *_blocks(p)))
     named = _named(paths) if root.is_dir() else None
-    if named is None: return _in_one_piece(root.name, key, lambda: _lines(paths))
+    if named is None: return _in_one_piece(root.name, key, size, lambda: _lines(paths))
     return Corpus(root.name, key, size, 'a file each', lambda split: _lines(named[split]))
 
 # %% ../../nbs/04_tasks/09_text.ipynb #229a55fb
