@@ -41,6 +41,8 @@ class Task:
     answers: tuple[str, ...] = () # what can be answered
     codings: tuple[str, ...] = ('last', 'tape', 'prefix') # the ways it can be seen
     files = {'train': 'train.txt', 'val': 'val.txt', 'test': 'test.txt'} # names of data files, by split
+    fixed = False # are all problems given, so that none can be drawn afresh?
+    record: dict = {} # fields that are known when the task is built and belong in a run folder, such as a hash
 
     def __init__(self, *,
         coding: str = 'last', # how a problem is shown: last, tape or prefix
@@ -60,6 +62,15 @@ class Task:
     ) -> dict[str, np.ndarray]: # problems, as arrays with n rows
         "Draw problems, with their answers by a fast form; a subclass implements it."
         raise NotImplementedError
+
+    def pick(self,
+        split: str, # name of a split
+        rng: np.random.Generator, # the batch's own stream
+        n: int, # number of problems
+        **difficulty: object, # the family's own
+    ) -> dict[str, np.ndarray]: # problems, as arrays with n rows
+        "Draw problems for a split; a task whose problems are given picks some of that split instead."
+        return self.draw(rng, n, **difficulty)
 
     def label(self,
         problem: dict, # drawn problems
@@ -108,7 +119,7 @@ def sample(self: Task,
     if part.problems is not None and not difficulty:
         rows = rng.integers(0, part.size, n)
         return self.encode({k: v[rows] for k, v in part.problems.items()})
-    return self.encode(self.draw(rng, n, **_sharpen(part.difficulty, difficulty)))
+    return self.encode(self.pick(split, rng, n, **_sharpen(part.difficulty, difficulty)))
 
 @patch
 def encode(self: Task,
@@ -165,6 +176,15 @@ def shuffled(self: Task,
     rows = _order(seed, split, epoch, part.size)[place * n:(place + 1) * n]
     return self.encode({k: v[rows] for k, v in part.problems.items()})
 
+@patch
+def pass_size(self: Task,
+    split: str, # name of a split that lists its problems
+    n: int, # examples in a batch
+) -> tuple[int, int]: # batches of one pass, examples in the smallest
+    "Say how many batches a shuffled pass has, and how small they get."
+    size = self.splits[split].size
+    return -(-size // n), size % n or n
+
 # %% ../../nbs/04_tasks/02_task.ipynb #beb9351b
 @patch
 def axis_range(self: Task,
@@ -180,7 +200,7 @@ def enumerated(self: Task,
     value: int, # of the axis
 ) -> dict | None: # problems, or None where the split is drawn
     "The problems of a split that lie at one value of the axis, where they are listed rather than drawn."
-    problems = self.splits[split].problems
+    problems = self.splits[one_of('split', split, self.splits)].problems
     if problems is None: return None
     rows = problems['lengths'] == self.length(value)
     return {k: v[rows] for k, v in problems.items()}
