@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SPECIAL', 'PAD', 'UNK', 'BOS', 'EOS', 'import_tokenizers', 'SharedSubwords', 'learn_subwords', 'PublishedSubwords',
-           'read_subwords', 'save_subwords', 'Ragged']
+           'read_subwords', 'save_subwords', 'Ragged', 'store']
 
 # %% ../../nbs/04_tasks/10a_subwords.ipynb #3a141650
 import hashlib
 import json
+from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -162,17 +163,6 @@ class Ragged:
         lengths: np.ndarray, # of the rows (n,)
     ): self.flat, self.lengths, self.starts = flat, lengths, np.concatenate([[0], lengths.cumsum()[:-1]])
 
-    @classmethod
-    def of(cls,
-        rows: Iterable[Sequence[int]], # numbers below 2 ** 31
-        largest: int = 2 ** 31 - 1, # of the numbers
-    ) -> 'Ragged': # in the smallest type that holds them
-        "Store rows."
-        kind = np.uint16 if largest < 2 ** 16 else np.int32
-        parts = [np.asarray(row, dtype=kind) for row in rows]
-        flat = np.concatenate(parts) if parts else np.zeros(0, kind)
-        return cls(flat, np.array([len(p) for p in parts], dtype=np.int64))
-
     def __len__(self): return len(self.lengths)
 
     def __getitem__(self,
@@ -185,3 +175,17 @@ class Ragged:
         found = np.zeros(real.shape, dtype=np.int64)
         found[real] = self.flat[(starts[:, None] + place)[real]]
         return found
+
+def store(
+    rows: Iterable[tuple[Sequence[int], ...]], # numbers from 0; a source and a target, say
+    sides: int, # how many stand in each row
+    largest: int = 2 ** 31 - 1, # of the numbers
+) -> list[Ragged]: # one for each side
+    "Store rows that are read one after another, in the smallest type that holds them."
+    flat = [array('H' if largest < 2 ** 16 else 'i') for _ in range(sides)]
+    lengths = [array('q') for _ in range(sides)]
+    for row in rows:
+        for i, side in enumerate(row):
+            flat[i].extend(side)
+            lengths[i].append(len(side))
+    return [Ragged(np.array(f), np.array(n)) for f, n in zip(flat, lengths, strict=True)]
