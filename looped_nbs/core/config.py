@@ -142,14 +142,16 @@ class Optim:
     betas: tuple[float, float] = (0.9, 0.999) # decay of the first and second moment
     eps: float = 1e-8 # added to the denominator
     weight_decay: float = 0.0 # per step, relative to lr (adamw) or added to the gradient (adam)
-    schedule: str = 'constant' # constant or cosine, after the warm-up
-    warmup_steps: int = 0 # steps of linear warm-up from 0
+    schedule: str = 'constant' # constant, cosine or inverse_sqrt, after the warm-up
+    warmup_steps: int = 0 # steps of linear warm-up
+    warmup_from: str = 'zero' # first rate of the warm-up: zero, or one: of warmup_steps + 1 parts, the first
     min_lr: float = 0.0 # where the cosine ends
     clip_norm: float = 1.0 # largest global gradient norm; 0: no clipping
 
     def __post_init__(self):
         one_of('optim.name', self.name, ['adam', 'adamw'])
-        one_of('optim.schedule', self.schedule, ['constant', 'cosine'])
+        one_of('optim.schedule', self.schedule, ['constant', 'cosine', 'inverse_sqrt'])
+        one_of('optim.warmup_from', self.warmup_from, ['zero', 'one'])
         at_least('optim.lr', self.lr, 0, above=True)
         for name in ('eps', 'weight_decay', 'warmup_steps', 'min_lr', 'clip_norm'):
             at_least(f'optim.{name}', getattr(self, name), 0)

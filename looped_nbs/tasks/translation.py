@@ -8,6 +8,7 @@ __all__ = ['cut', 'Translation', 'published_cut', 'PublishedBatches']
 # %% ../../nbs/04_tasks/10b_translation.ipynb #1a315684
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 from fastcore.basics import patch
@@ -15,6 +16,7 @@ from fastcore.basics import patch
 from ..core.errors import FieldError, at_least, one_of
 from ..core.streams import numpy_stream
 from .objectives import SequenceToSequence
+from .paired_files import write_pair
 from .parallel import open_parallel, pairs_hash, split_of
 from .subwords import learn_subwords, read_subwords, store
 from .task import Split, Task, register_task
@@ -40,7 +42,6 @@ def cut(
 class Translation(Task):
     "Translate sentences, read whole, into another language."
     level, codings, fixed = 'language', ('seq2seq',), True
-    files = {'train': 'train.src', 'val': 'val.src', 'test': 'test.src'}
 
     def __init__(self, *,
         coding: str = 'seq2seq', # how a pair is shown
@@ -66,7 +67,7 @@ class Translation(Task):
         self.symbols = self.answers = self.subwords.vocab
         super().__init__(coding=coding)
         self.objective = objective
-        self.texts: dict[str, list[str]] = {} # targets of val and test as they were written
+        self.texts: dict[str, list] = {} # pairs of val and test as they were written
         self.splits = self._read()
         self._check()
 
@@ -113,11 +114,11 @@ def _numbered(pairs, subwords):
 
 @patch
 def _kept(self: Translation, split, bound):
-    "The sentences of a split as numbers, without those that are too long; written targets are noted."
+    "The sentences of a split as numbers, without those that are too long; outside training their text is kept."
     texts = self.texts[split] = []
-    for (_, target), row in _numbered(self.sentences(split), self.subwords):
+    for pair, row in _numbered(self.sentences(split), self.subwords):
         if bound is not None and max(map(len, row)) > bound: continue
-        if split != 'train': texts.append(target)
+        if split != 'train': texts.append(pair)
         yield row
 
 @patch
@@ -241,7 +242,23 @@ def sample(self: Translation, split, seed, step, n, **difficulty):
     passes = split == 'train' and isinstance(step, int) and not difficulty
     return self.shuffled(split, seed, step, n) if passes else Task.sample(self, split, seed, step, n, **difficulty)
 
-# %% ../../nbs/04_tasks/10b_translation.ipynb #f909de01
+# %% ../../nbs/04_tasks/10b_translation.ipynb #f00e32ee
+@patch
+def write(self: Translation,
+    folder: Path, # is made if need be; files of these names are refused
+) -> Iterator[str]: # a line about each pair of files
+    "Write the splits as files of one sentence a line."
+    paths = {split: Path(folder)/f'{split}.src' for split in self.splits}
+    for path in paths.values():
+        for file in (path, path.with_suffix('.tgt')):
+            if file.exists(): raise FieldError('out', str(folder), f'a folder without {file.name}')
+    try: Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise FieldError('out', str(folder), f'a folder that can be made ({e.strerror})') from None
+    for split, path in paths.items():
+        words = ([side.split(' ') for side in pair] for pair in self.sentences(split))
+        yield f'{path} and .tgt: {write_pair(path, words):,} lines, {self.pair}'
+
+# %% ../../nbs/04_tasks/10b_translation.ipynb #7a5ee953
 def published_cut(
     sources: Sequence[int], # tokens of each source, beginning and end included
     targets: Sequence[int], # tokens of each target, likewise
