@@ -22,6 +22,8 @@ REFUSED = {  # (task, coding): the only combinations that may be refused
     *((task, 'forced') for task in TOKENS if 'forced' not in TASKS[task].codings),
     *((task, 'multi_hot') for task in TOKENS if task not in LANGUAGES),  # answers that are no sets
     *((task, coding) for task in LANGUAGES for coding in ('last', 'tape')),  # whole strings are all accepted
+    *((task, 'next_token') for task in NAMES if task != 'text'),  # only a text goes on and on
+    *(('text', coding) for coding in CODINGS if coding != 'next_token'),  # and is asked nothing else
     *(('linear_regression', coding) for coding in CODINGS if coding != 'prompt'),  # nor the other way
 }
 SMALL = {  # used where a task or a model has a field of that name

@@ -16,8 +16,7 @@ from ..core.batch import Batch
 from ..core.errors import FieldError, at_least, one_of
 from ..core.streams import numpy_stream
 from .task import Split, Task, ordered, range_of, register_task, sharpen
-from .text import SPLITS
-from .token_files import TokenFiles, copy_tokens, prepare
+from .token_files import copy_tokens, prepare
 
 # %% ../../nbs/04_tasks/09b_language_modelling.ipynb #7dd21f50
 @register_task('text')

@@ -133,7 +133,7 @@ class MultiLabel:
         return (targets.unique(dim=0, return_counts=True)[1].max() / len(targets)).item()
 
 # %% ../../nbs/04_tasks/00_objectives.ipynb #70e9e657
-_AT_ONCE = 2 ** 23 # logits in one piece: 32 MiB in single precision
+_AT_ONCE = 2 ** 24 # logits in one piece: 64 MiB, more than what allocators keep for later
 
 def _surprise(logits: Tensor, targets: Tensor, mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     "Sum of -log p, and number of right answers, over the masked positions of one piece after another."
