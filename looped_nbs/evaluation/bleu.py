@@ -88,8 +88,8 @@ class Translations:
 def translate_and_score(
     model: nn.Module, # trained
     task: Task, # a translation task
+    decode: Callable, # of a model and a batch with a source: pieces, or texts with `words`, a row for each sentence
     split: str = 'test', # val or test
-    decode: Callable | None = None, # of a model and a source batch: numbers of pieces, a row for each sentence
     batch_size: int = 64, # sentences decoded at once
     examples: int | None = None, # only the first ones; None: all
     progress: bool = False, # show a progress bar
@@ -99,7 +99,6 @@ def translate_and_score(
     if not getattr(task, 'texts', None): raise FieldError('task', type(task).__name__, 'a translation task')
     pairs = task.texts[one_of('split', split, [s for s in task.texts if s != 'train'])][:examples]
     at_least('batch_size', batch_size, 1)
-    if decode is None: raise FieldError('decode', None, 'a function of a model and a source batch')
     began, written = time.perf_counter(), _decoded(model, task, split, decode, len(pairs), batch_size, progress)
     seconds = time.perf_counter() - began
     rows = [{'source': s, 'reference': r, 'hypothesis': h} for (s, r), h in zip(pairs, written, strict=True)]
@@ -115,9 +114,10 @@ def _decoded(model, task, split, decode, count, batch_size, progress):
     with tqdm(total=count, desc=f'translate {split}', unit='sentence', disable=not progress) as bar:
         for rows in np.split(order, range(batch_size, count, batch_size)):
             batch = task.encode({name: array[rows] for name, array in problems.items()}).to(device)
-            answers = decode(model, batch.source)
+            answers = decode(model, batch)
             if len(answers) != len(rows):
                 raise FieldError('decode', len(answers), f'{len(rows)} rows, one for each sentence')
-            for row, ids in zip(rows, answers, strict=True): written[row] = task.subwords.decode(ids)
+            for row, text in zip(rows, answers, strict=True):
+                written[row] = task.subwords.decode(getattr(text, 'words', text))
             bar.update(len(rows))
     return written

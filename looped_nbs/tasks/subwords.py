@@ -129,7 +129,7 @@ def read_subwords(
     if not str(path).endswith('.json'):
         codes, vocab = Path(f'{path}.codes'), Path(f'{path}.vocab')
         rules = [tuple(c) for _, c in _columns(codes, 1 + _file_lines(codes)[0].startswith('#version'))]
-        return PublishedSubwords(rules, _pieces(vocab))
+        return PublishedSubwords(rules, _pieces(vocab, {''.join(rule) for rule in rules}))
     if not Path(path).is_file(): raise FieldError('subwords', str(path), 'an existing file')
     try: found = SharedSubwords(import_tokenizers().Tokenizer.from_file(str(path)))
     except FieldError: raise
@@ -138,12 +138,14 @@ def read_subwords(
     if found.vocab[:4] != SPECIAL: raise DataError(path, 1, f'does not begin with {" ".join(SPECIAL)}')
     return found
 
-def _pieces(path):
-    "The pieces of a published vocabulary."
+def _pieces(path, made):
+    "The pieces of a published vocabulary, each a letter or made by a rule."
     pieces = {}
     for number, (piece, count) in _columns(path):
         if not count.isdigit(): raise DataError(path, number, f'{count!r} is not a count')
         if piece in pieces: raise DataError(path, number, f'{piece!r} stands in line {pieces[piece]} too')
+        if len(piece.removesuffix('@@')) > 1 and piece not in SPECIAL and _inner(piece) not in made:
+            raise DataError(path, number, f'no rule makes {piece!r}: the vocabulary of other .codes?')
         pieces[piece] = number
     return [p for p in pieces if p not in SPECIAL]
 

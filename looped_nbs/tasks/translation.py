@@ -49,7 +49,7 @@ class Translation(Task):
         data: str = '', # PREFIX of two files, FILE.tsv or hub:NAME; empty: the strings of JupyterLab
         val_data: str = '', # the same, for validation; empty: held out of the data
         test_data: str = '', # the same, for the test; empty: held out of the data
-        held_out: float = .1, # share of the sentences that is held out for each of them
+        held_out: float = .1, # share of `data` for each of them, whatever else is given; 0 only if both have files
         vocab_size: int = 1000, # pieces to learn, 256 bytes and 4 markers included
         subwords: str = '', # vocabulary: FILE.json or a published PREFIX; empty: learnt from the training sentences
         max_length: int | None = None, # pieces in the longest training sentence; None: no bound
@@ -57,7 +57,10 @@ class Translation(Task):
         label_smoothing: float = 0., # weight taken from the right word in the loss
     ):
         one_of('coding', coding, self.codings)
-        if not 0 < held_out < .5: raise FieldError('held_out', held_out, 'a number above 0 and below 0.5')
+        given = data.startswith('hub:') or (val_data and test_data)
+        if not (0 < held_out < .5 or (given and held_out == 0)):
+            allowed = 'above 0 and below 0.5; 0 only with val_data and test_data'
+            raise FieldError('held_out', held_out, allowed)
         self.where, self.held_out, self.max_tokens = (data, val_data, test_data), held_out, max_tokens
         self.pair, self.max_length = pair, max_length
         at_least('max_tokens', max_tokens, 0)
@@ -83,14 +86,11 @@ def sentences(self: Translation,
     "Read the sentences of a split."
     data, *own = self.where
     other = dict(zip(('val', 'test'), own, strict=True)).get(split)
-    hub = data.startswith('hub:')
-    if other: yield from open_parallel(other, self.pair, {'val': 'validation'}.get(split, split))
-    elif hub: yield from open_parallel(data, self.pair, {'val': 'validation'}.get(split, split))
+    if other or data.startswith('hub:'):
+        yield from open_parallel(other or data, self.pair, {'val': 'validation'}.get(split, split))
     else:
-        held = [name for name, own in zip(('val', 'test'), own, strict=True) if not own]
         for pair in open_parallel(data, self.pair):
-            side = split_of(pair[0], self.held_out)
-            if (side if side in held else 'train') == split: yield pair
+            if split_of(pair[0], self.held_out) == split: yield pair
 
 @patch
 def _vocabulary(self: Translation, subwords, vocab_size):

@@ -211,10 +211,12 @@ def data_verb(
 # %% ../../nbs/09_tools/03_cli.ipynb #25d29ab5
 def _write_whole(experiment, folder, size, seed):
     "Write the files of a task whose data are not drawn, such as a text; it has neither size nor seed."
-    from looped_nbs.experiments.run import build
+    from looped_nbs.experiments.run import TASKS
     for name, value in (('size', size), ('seed', seed)):
         if value is not None: raise FieldError(name, value, f'absent: {experiment.task.name} is written whole')
-    for line in build(experiment)[0].write(folder): print(line)
+    try: task = TASKS[experiment.task.name](**experiment.task.kwargs)
+    except FieldError as e: raise e.inside('task') from None
+    for line in task.write(folder): print(line)
     return 0
 
 def _write_data(task, folder, count, seed):
