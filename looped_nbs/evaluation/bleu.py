@@ -39,7 +39,7 @@ def import_sacrebleu() -> object: # the module
 def bleu(
     hypotheses: Sequence[str], # what was written
     references: Sequence[str], # what should have been, one for each
-    tokenised: bool = False, # are words already set apart by spaces? Then no smoothing either, as in multi-bleu
+    tokenised: bool = False, # are words already set apart by spaces? Then no smoothing either
 ) -> Bleu: # of the whole corpus
     "Score translations; different numbers of hypotheses and references raise a `FieldError`."
     if len(hypotheses) != len(references):
@@ -88,7 +88,7 @@ class Translations:
 def translate_and_score(
     model: nn.Module, # trained
     task: Task, # a translation task
-    decode: Callable, # of a model and a batch with a source: pieces, or texts with `words`, a row for each sentence
+    decode: Callable, # of model and batch: a row of pieces, or a text with `words`, for each sentence
     split: str = 'test', # val or test
     batch_size: int = 64, # sentences decoded at once
     examples: int | None = None, # only the first ones; None: all
@@ -99,7 +99,8 @@ def translate_and_score(
     if not getattr(task, 'texts', None): raise FieldError('task', type(task).__name__, 'a translation task')
     pairs = task.texts[one_of('split', split, [s for s in task.texts if s != 'train'])][:examples]
     at_least('batch_size', batch_size, 1)
-    began, written = time.perf_counter(), _decoded(model, task, split, decode, len(pairs), batch_size, progress)
+    began = time.perf_counter()
+    written = _decoded(model, task, split, decode, len(pairs), batch_size, progress)
     seconds = time.perf_counter() - began
     rows = [{'source': s, 'reference': r, 'hypothesis': h} for (s, r), h in zip(pairs, written, strict=True)]
     return Translations(rows, score(written, [r for _, r in pairs]), seconds)

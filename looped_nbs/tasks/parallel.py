@@ -90,7 +90,8 @@ def _from_pack(pair):
         raise FieldError('data', '', allowed)
     try: one_of('pair', pair, known)
     except FieldError as e:
-        raise FieldError('pair', pair, f'{e.allowed}; other languages from local files in task.data') from None
+        allowed = f'{e.allowed}; other languages from local files in task.data'
+        raise FieldError('pair', pair, allowed) from None
     source, target = pair.split('-')
     strings = pack_strings(target if source == 'en' else source)
     found = strings if source == 'en' else [(b, a) for a, b in strings]
@@ -110,8 +111,8 @@ def _from_hub(name, pair, split):
         try: rows = datasets.load_dataset(name, config, split=split)
         except ValueError: continue  # no such pair, perhaps the other way round
         except Exception as e:
-            reason = ' '.join(str(e).split())[:150]
-            raise InputError(f'task.data = hub:{name}: could not be fetched ({reason}); use {local}') from None
+            reason = f'could not be fetched ({" ".join(str(e).split())[:150]})'
+            raise InputError(f'task.data = hub:{name}: {reason}; use {local}') from None
         texts = lambda: ((_plain(r[a]), _plain(r[b])) for r in rows['translation'])
         return Parallel(f'{name} {config}, {split}', lambda: (p for p in texts() if all(p)))
     raise FieldError('pair', pair, f'a pair of hub:{name}')
@@ -124,7 +125,8 @@ def open_parallel(
 ) -> Parallel: # not read yet
     "Find parallel sentences; whatever is missing is named."
     source, dash, target = pair.partition('-')
-    if not (source and target) or '-' in target: raise FieldError('pair', pair, 'two languages, such as en-de')
+    if not (source and target) or '-' in target:
+        raise FieldError('pair', pair, 'two languages, such as en-de')
     if not data: return _from_pack(pair)
     if data.startswith('hub:'): return _from_hub(data.removeprefix('hub:'), pair, split)
     if data.endswith('.tsv'):

@@ -103,7 +103,8 @@ class PublishedSubwords(SharedSubwords):
         known = {_inner(piece): i for i, piece in enumerate(self.vocab) if piece not in SPECIAL}
         self.outside = np.array([known.get(piece, UNK) for piece in numbers])
 
-    def encode(self, texts): return [self.outside[ids].tolist() if ids else [] for ids in super().encode(texts)]
+    def encode(self, texts):
+        return [self.outside[ids].tolist() if ids else [] for ids in super().encode(texts)]
 
     def _join(self, ids): return ' '.join(self.vocab[i] for i in ids).replace('@@ ', '').removesuffix('@@')
 

@@ -49,9 +49,9 @@ class Translation(Task):
         data: str = '', # PREFIX of two files, FILE.tsv or hub:NAME; empty: the strings of JupyterLab
         val_data: str = '', # the same, for validation; empty: held out of the data
         test_data: str = '', # the same, for the test; empty: held out of the data
-        held_out: float = .1, # share of `data` for each of them, whatever else is given; 0 only if both have files
+        held_out: float = .1, # share of `data` for each of them; 0 only if both have files
         vocab_size: int = 1000, # pieces to learn, 256 bytes and 4 markers included
-        subwords: str = '', # vocabulary: FILE.json or a published PREFIX; empty: learnt from the training sentences
+        subwords: str = '', # vocabulary: FILE.json or a published PREFIX; empty: learnt here
         max_length: int | None = None, # pieces in the longest training sentence; None: no bound
         max_tokens: int = 0, # tokens of a batch, padding included, in batches of similar lengths; 0: no bound
         label_smoothing: float = 0., # weight taken from the right word in the loss
@@ -114,7 +114,7 @@ def _numbered(pairs, subwords):
 
 @patch
 def _kept(self: Translation, split, bound):
-    "The sentences of a split as numbers, without those that are too long; outside training their text is kept."
+    "The sentences of a split as numbers, without those that are too long; text is kept for tests."
     texts = self.texts[split] = []
     for pair, row in _numbered(self.sentences(split), self.subwords):
         if bound is not None and max(map(len, row)) > bound: continue
@@ -127,7 +127,8 @@ def _problems(self: Translation, split):
     bound = None if split == 'test' else self.max_length
     source, target = store(self._kept(split, bound), 2, len(self.subwords))
     if not len(source):
-        if bound is None: raise FieldError('data', self.where[0], f'a larger corpus: none is left for {split}')
+        if bound is None:
+            raise FieldError('data', self.where[0], f'a larger corpus: none is left for {split}')
         raise FieldError('max_length', bound, f'larger: no {split} sentence is as short')
     return {'tokens': source, 'lengths': source.lengths, 'answers': target, 'answer_lengths': target.lengths}
 
@@ -159,7 +160,8 @@ def _check(self: Translation):
     problems = self.splits['train'].problems
     longest = int((problems['lengths'] + problems['answer_lengths']).max()) + 4
     if 0 < self.max_tokens < longest:
-        raise FieldError('max_tokens', self.max_tokens, f'0, or at least {longest}, what the longest pair takes')
+        allowed = f'0, or at least {longest}, what the longest pair takes'
+        raise FieldError('max_tokens', self.max_tokens, allowed)
 
 # %% ../../nbs/04_tasks/10b_translation.ipynb #54214d8f
 def _rows(problems, rows): return {name: array[rows] for name, array in problems.items()}
@@ -240,7 +242,8 @@ def shuffled(self: Translation, split, seed, step, n):
 @patch
 def sample(self: Translation, split, seed, step, n, **difficulty):
     passes = split == 'train' and isinstance(step, int) and not difficulty
-    return self.shuffled(split, seed, step, n) if passes else Task.sample(self, split, seed, step, n, **difficulty)
+    if passes: return self.shuffled(split, seed, step, n)
+    return Task.sample(self, split, seed, step, n, **difficulty)
 
 # %% ../../nbs/04_tasks/10b_translation.ipynb #f00e32ee
 @patch
@@ -253,7 +256,8 @@ def write(self: Translation,
         for file in (path, path.with_suffix('.tgt')):
             if file.exists(): raise FieldError('out', str(folder), f'a folder without {file.name}')
     try: Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise FieldError('out', str(folder), f'a folder that can be made ({e.strerror})') from None
+    except OSError as e:
+        raise FieldError('out', str(folder), f'a folder that can be made ({e.strerror})') from None
     for split, path in paths.items():
         words = ([side.split(' ') for side in pair] for pair in self.sentences(split))
         yield f'{path} and .tgt: {write_pair(path, words):,} lines, {self.pair}'
@@ -280,5 +284,6 @@ class PublishedBatches(Translation):
         if split != 'train' or not self.max_tokens: return batch
         problem, rows = batch.problem, np.array_split(np.arange(len(batch)), self.parts)
         lengths = problem['lengths'] + 2, problem['answer_lengths'] + 2
-        kept = np.concatenate([r[:published_cut(*(side[r] for side in lengths), self.max_tokens)] for r in rows])
+        kept = [r[:published_cut(*(side[r] for side in lengths), self.max_tokens)] for r in rows]
+        kept = np.concatenate(kept)
         return self.encode(_rows(problem, kept)) if len(kept) else batch
