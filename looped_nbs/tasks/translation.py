@@ -41,7 +41,7 @@ def cut(
 @register_task('translation')
 class Translation(Task):
     "Translate sentences, read whole, into another language."
-    level, codings, fixed = 'language', ('seq2seq',), True
+    level, axis, codings, fixed = 'language', 'pieces', ('seq2seq',), True
 
     def __init__(self, *,
         coding: str = 'seq2seq', # how a pair is shown
@@ -76,7 +76,7 @@ class Translation(Task):
 
     def length(self, value): return value
 
-    def draw(self, rng, n, *, length): return self.pick('train', rng, n, length=length)
+    def draw(self, rng, n, *, pieces): return self.pick('train', rng, n, pieces=pieces)
 
 # %% ../../nbs/04_tasks/10b_translation.ipynb #fdc2c4de
 @patch
@@ -150,7 +150,7 @@ def _read(self: Translation):
         problems = self._problems(split)
         lengths = problems['answer_lengths']
         overlap = '' if split == 'train' else self._shared(split)
-        difficulty = {'length': (int(lengths.min()), int(lengths.max()))}
+        difficulty = {'pieces': (int(lengths.min()), int(lengths.max()))}
         splits[split] = Split(difficulty, len(lengths), overlap, problems)
     return splits
 
@@ -167,12 +167,12 @@ def _check(self: Translation):
 def _rows(problems, rows): return {name: array[rows] for name, array in problems.items()}
 
 @patch
-def pick(self: Translation, split, rng, n, *, length):
-    low, high = length if isinstance(length, (tuple, list)) else (length, length)
+def pick(self: Translation, split, rng, n, *, pieces):
+    low, high = pieces if isinstance(pieces, (tuple, list)) else (pieces, pieces)
     problems = self.splits[split].problems
     lengths = problems['answer_lengths']
     fit = np.flatnonzero((lengths >= low) & (lengths <= high))
-    if not len(fit): raise FieldError('length', length, f'a length that a sentence of {split} has')
+    if not len(fit): raise FieldError('pieces', pieces, f'what some sentence of {split} has')
     return _rows(problems, fit[rng.integers(0, len(fit), n)])
 
 @patch
