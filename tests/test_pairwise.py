@@ -14,8 +14,8 @@ from looped_nbs.tasks.codings import CODINGS
 from looped_nbs.tasks.counting_lines import families
 from looped_nbs.training.loop import Trainer
 
-# One name for each class: published names of one family differ in their defaults. Translation is asked of no model here.
-NAMES = [name for name in families() if name != 'translation']
+# One name for each class: published names of one family differ in their defaults.
+NAMES = [name for name in families() if name != 'translation']  # which has tests of its own
 TOKENS = [name for name in NAMES if name != 'linear_regression']
 LANGUAGES = [name for name in TOKENS if name.startswith('language_')]
 REFUSED = {  # (task, coding): the only combinations that may be refused

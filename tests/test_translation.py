@@ -12,8 +12,7 @@ from test_bad_input import refuse
 
 from looped_nbs.core.batch import Batch, Output
 from looped_nbs.core.errors import InputError
-from looped_nbs.core.streams import torch_stream
-from looped_nbs.experiments.run import MODELS, build, configure, evaluate, preset, resume, train
+from looped_nbs.experiments.run import MODELS, build, configure, evaluate, resume, train
 from looped_nbs.models.base import register_model
 from looped_nbs.models.recurrent import LSTMModel
 from looped_nbs.tasks import parallel
@@ -31,7 +30,8 @@ GOLDENS = Path(__file__).parent/'goldens'/'timestep'
 @pytest.fixture
 def corpus(here):
     "Two files of sixty sentences."
-    write('corpus', [f'sentence {i} of a text' for i in range(60)], [f'Satz {i} eines Texts' for i in range(60)])
+    numbers = range(60)
+    write('corpus', [f'sentence {i} of a text' for i in numbers], [f'Satz {i} eines Texts' for i in numbers])
     return here
 
 
@@ -93,7 +93,8 @@ def test_a_vocabulary_of_other_rules(corpus):
     Path('bpe.vocab').write_text('se@@ 9\nsentence 8\n')
     refuse((*WORDS, '--task.data', 'corpus', '--task.subwords', 'bpe'), 'bpe.vocab, line 2', "'sentence'")
     Path('no.json').write_text('{"model": 1}')
-    refuse((*WORDS, '--task.data', 'corpus', '--task.subwords', 'no.json'), 'no.json, line 1: not a vocabulary')
+    words = (*WORDS, '--task.data', 'corpus', '--task.subwords', 'no.json')
+    refuse(words, 'no.json, line 1: not a vocabulary')
 
 
 def test_without_the_packages(here, monkeypatch):
@@ -109,8 +110,8 @@ def test_without_a_network(here, monkeypatch):
     datasets = pytest.importorskip('datasets')
     def unreachable(*args, **fields): raise ConnectionError('Could not\nreach it')
     monkeypatch.setattr(datasets, 'load_dataset', unreachable)
-    refuse((*WORDS, '--task.data', 'hub:some/name'), 'hub:some/name: could not be fetched (Could not reach it)',
-           'corpus/train.en')
+    refuse((*WORDS, '--task.data', 'hub:some/name'),
+           'hub:some/name: could not be fetched (Could not reach it)', 'corpus/train.en')
 
 
 def test_a_pair_that_the_hub_has_the_other_way_round(monkeypatch):
@@ -234,7 +235,7 @@ def test_other_sentences_are_refused(blind, here):
 def test_written_files_are_the_same_task(here):
     answer = call('data', 'translation', '--out', 'files')
     assert answer.code == 0 and 'train.src' in answer.out, answer
-    files = {f'{name}data': f'files/{split}' for name, split in (('', 'train'), ('val_', 'val'), ('test_', 'test'))}
+    files = {'data': 'files/train', 'val_data': 'files/val', 'test_data': 'files/test'}
     assert Translation(held_out=0, **files).fingerprint == Translation().fingerprint
     answer = call('data', 'translation', '--out', 'files')
     assert answer.code == 2 and 'train.src' in answer.err

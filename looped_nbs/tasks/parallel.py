@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from itertools import zip_longest
@@ -97,6 +98,12 @@ def _from_pack(pair):
     found = strings if source == 'en' else [(b, a) for a, b in strings]
     return Parallel(f'the language pack of JupyterLab, {pair}', lambda: found)
 
+def _columns(rows, source, target):
+    "The pairs of a data set of the hub."
+    for row in rows['translation']:
+        pair = _plain(row[source]), _plain(row[target])
+        if all(pair): yield pair
+
 def _from_hub(name, pair, split):
     "A translation data set of the hub; whatever prevents that is one line."
     local = 'local files in task.data, such as corpus/train of corpus/train.en and corpus/train.de'
@@ -113,8 +120,7 @@ def _from_hub(name, pair, split):
         except Exception as e:
             reason = f'could not be fetched ({" ".join(str(e).split())[:150]})'
             raise InputError(f'task.data = hub:{name}: {reason}; use {local}') from None
-        texts = lambda: ((_plain(r[a]), _plain(r[b])) for r in rows['translation'])
-        return Parallel(f'{name} {config}, {split}', lambda: (p for p in texts() if all(p)))
+        return Parallel(f'{name} {config}, {split}', partial(_columns, rows, a, b))
     raise FieldError('pair', pair, f'a pair of hub:{name}')
 
 # %% ../../nbs/04_tasks/10_parallel.ipynb #b4702c96
@@ -135,7 +141,7 @@ def open_parallel(
     for endings in ((source, target), ('src', 'tgt')):
         files = [Path(f'{data}.{ending}') for ending in endings]
         if all(file.is_file() for file in files):
-            return Parallel(f'{files[0].name} and {files[1].name}', lambda: two_files(*files))
+            return Parallel(f'{files[0].name} and {files[1].name}', partial(two_files, *files))
     allowed = f'a prefix of two files, {data}.{source} and {data}.{target}, a .tsv table, or hub:NAME'
     raise FieldError('data', data, allowed)
 
