@@ -163,12 +163,12 @@ def test_a_crash_while_encoding_leaves_nothing(lines, cache, monkeypatch):
 def test_processes_that_want_one_text_share_it(lines, cache):
     words = ('data', 'text', '--task.source', lines, '--task.tokenizer', 'characters',
              '--task.max-length', '16', '--task.test-length', '32', '--out')
-    processes = [start(*words, f'out{i}') for i in range(3)]
+    processes = [start(*words, f'out{i}') for i in range(2)]
     try:
         for process in processes: assert process.wait(timeout=60) == 0, process.communicate()[1]
     finally:
         for process in processes: process.kill()
-    assert len({open_tokens(f'out{i}').fingerprint for i in range(3)}) == 1
+    assert len({open_tokens(f'out{i}').fingerprint for i in range(2)}) == 1
     assert len(list((cache/'text').iterdir())) == 1
 
 

@@ -35,7 +35,7 @@ def _row(protocol, task, split, total, count, words, began):
     "One line of the table; so many words are in what was scored."
     grow = lambda nats: math.exp(nats) if nats < 700 else math.inf
     return {'protocol': protocol, 'split': split, 'tokens': count, 'nll': total / count,
-            'perplexity': grow(total / count), 'per word': grow(total / words) if words else math.nan,
+            'perplexity': grow(total / count), 'word_perplexity': grow(total / words) if words else math.nan,
             'seconds': round(time.perf_counter() - began, 1)}
 
 def strided(
@@ -48,7 +48,7 @@ def strided(
     device: str = 'cpu', # where the model is
     progress: bool = False, # show a progress bar
     **controls: object, # controls of the model, such as n_loops
-) -> dict: # protocol, split, tokens, nll, perplexity, per word, seconds
+) -> dict: # protocol, split, tokens, nll, perplexity, word_perplexity, seconds
     "Score every token of a split once."
     count, stride, length = task.windows(split, stride, length)
     began, batches = time.perf_counter(), task.batches(split, 0, batch_size, stride=stride, length=length)
@@ -66,7 +66,7 @@ def random_windows(
     device: str = 'cpu', # where the model is
     progress: bool = False, # show a progress bar
     **controls: object, # controls of the model, such as n_loops
-) -> dict: # protocol, split, tokens, nll, perplexity, per word, seconds
+) -> dict: # protocol, split, tokens, nll, perplexity, word_perplexity, seconds
     "Average the loss over random windows, as published."
     began, steps = time.perf_counter(), range(eval_iters)
     bar = tqdm(steps, f'random windows of {split}', disable=not progress, delay=.5)

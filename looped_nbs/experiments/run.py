@@ -283,7 +283,8 @@ def load(
         load_plugin(kept if kept.is_file() else file)
     experiment = Experiment.from_dict(merge(config, nest(overrides or {})), TASKS, MODELS)
     task, model = build(experiment)
-    if not any(name.startswith('task.') for name in overrides or {}): _same_data(folder.path/'data.json', task)
+    another = any(name.startswith('task.') for name in overrides or {})
+    if not another: _same_data(folder.path/'data.json', task)
     return folder, experiment, task, model
 
 def _same_data(file, task):

@@ -27,9 +27,9 @@ class Text(Task):
     def __init__(self, *,
         coding: str = 'next_token', # how a window is shown
         source: str = 'pydoc', # pydoc, wikitext-103, a file or folder of text, or of `looped data text`
-        tokenizer: str = 'auto', # bytes, characters, bpe, gpt2, a tokenizer.json; auto: of the source, else bytes
+        tokenizer: str = 'auto', # bytes, characters, bpe, gpt2, a file; auto: of the source, else bytes
         vocab_size: int = 2048, # tokens that bpe learns from the training split, the end included
-        vocab_multiple: int = 1, # the vocabulary is filled up to a multiple of this, as 64 makes 50,257 into 50,304
+        vocab_multiple: int = 1, # the vocabulary is filled up to a multiple; 64: 50,257 become 50,304
         max_length: int = 128, # context of training, tokens
         test_length: int = 256, # longest context of the test, tokens
     ):
@@ -62,7 +62,8 @@ def _split(self: Text, split, window):
     "A split, if its windows fit into it."
     longest, tokens = window if isinstance(window, int) else window[1], self.files.count(split)
     if tokens <= longest:
-        if tokens < 3: raise FieldError('source', self.files.note['source'], f'a longer text: no {split} split')
+        if tokens < 3:
+            raise FieldError('source', self.files.note['source'], f'a longer text: no {split} split')
         field = 'test_length' if split == 'test' else 'max_length'
         allowed = f'at most {tokens - 1}: the {split} split of this text has {tokens:,} tokens'
         raise FieldError(field, longest, allowed)
@@ -107,7 +108,8 @@ def drawn(self: Text,
 ) -> dict[str, np.ndarray]: # windows
     "Draw windows at random places, with replacement."
     places = self.files.count(split) - at_least('task.length', length, 1)
-    if places < 1: raise FieldError('task.length', length, f'at most {places + length - 1}: {split} has no more')
+    if places < 1:
+        raise FieldError('task.length', length, f'at most {places + length - 1}: {split} has no more')
     return self._at(split, rng.integers(0, places, n), length)
 
 @patch

@@ -241,7 +241,7 @@ def _gpt2():
     except FieldError: raise
     except Exception as e:  # whatever comes without a network
         raise InputError(f"task.tokenizer = 'gpt2': could not be fetched from the hub ({type(e).__name__}); "
-                         'what serves without: the path of a tokenizer.json, or bpe, bytes, characters') from None
+                         'what serves without: the path of a tokenizer.json, or bpe, bytes') from None
 
 # %% ../../nbs/04_tasks/09_text.ipynb #16604964
 TOKENIZERS = ('bytes', 'characters', 'bpe', 'gpt2')
@@ -266,7 +266,8 @@ def is_file(
     "Tell the name of a tokenizer from the path of a file; one that is neither raises a `FieldError`."
     if Path(tokenizer).is_file(): return True
     try: one_of('tokenizer', tokenizer, TOKENIZERS)
-    except FieldError as e: raise FieldError('tokenizer', tokenizer, f'{e.allowed}, or a tokenizer.json') from None
+    except FieldError as e:
+        raise FieldError('tokenizer', tokenizer, f'{e.allowed}, or a tokenizer.json') from None
     return False
 
 def make_vocabulary(

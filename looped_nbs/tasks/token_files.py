@@ -53,7 +53,7 @@ class TokenFiles:
 
     def count(self,
         split: str, # train, val or test
-        what: str = 'tokens', # tokens, words (between white space), lines or repeated (lines that training has)
+        what: str = 'tokens', # tokens, words (between white space), lines, or repeated lines
     ) -> int: # how many
         "Count what a split holds."
         return self.note['splits'][split][what]
@@ -70,7 +70,8 @@ def _write_split(path, lines, vocabulary, dtype, trained, bar):
     digest, seen, counts = hashlib.blake2b(digest_size=16), set(), {'tokens': 0, 'words': 0, 'lines': 0}
     with open(path, 'wb') as file:
         while part := [*islice(lines, 1024)]:
-            rows = [np.append(np.asarray(ids, dtype), dtype(vocabulary.end)) for ids in vocabulary.encode(part)]
+            encoded = vocabulary.encode(part)
+            rows = [np.append(np.asarray(ids, dtype), dtype(vocabulary.end)) for ids in encoded]
             content = (ids := np.concatenate(rows)).tobytes()
             file.write(content)
             digest.update(content)
@@ -117,7 +118,8 @@ def _opened(folder, stamps):
         for name, said in (('vocabulary.json', note['vocabulary']),
                            *((f'{split}.bin', note['splits'][split]['hash']) for split in SPLITS)):
             if hash_of(_blocks(folder/name)) != said:
-                raise InputError(f'{folder}: {name} is not the one that {_NOTE} describes; write the files again')
+                reason = f'{name} is not the one that {_NOTE} describes; write the files again'
+                raise InputError(f'{folder}: {reason}')
         vocabulary = read_vocabulary(folder/'vocabulary.json')
         if len(vocabulary.texts) != note['vocab_size'] or vocabulary.end != note['end']:
             raise InputError(f'{folder}: the vocabulary is not that of the tokens; write the files again')
@@ -160,14 +162,15 @@ def _kept(home):
 
 def prepare(
     source: str, # pydoc, wikitext-103, a text file or folder, or a folder of token files
-    tokenizer: str = 'auto', # bytes, characters, bpe, gpt2, a tokenizer.json; auto: as the token files, else bytes
+    tokenizer: str = 'auto', # bytes, characters, bpe, gpt2, a file; auto: of token files, else bytes
     vocab_size: int = 2048, # of byte pairs that are learnt here
 ) -> TokenFiles: # of this text
     "Encode a text, or find it encoded before."
     if source and (Path(source)/_NOTE).is_file():
         files = open_tokens(source)
         if tokenizer in ('auto', files.note['tokenizer']): return files
-        raise FieldError('tokenizer', tokenizer, f"auto: the tokens in {source} are {files.note['tokenizer']}")
+        allowed = f"auto: the tokens in {source} are {files.note['tokenizer']}"
+        raise FieldError('tokenizer', tokenizer, allowed)
     tokenizer = 'bytes' if tokenizer == 'auto' else tokenizer
     chosen = hash_of(_blocks(tokenizer)) if is_file(tokenizer) else tokenizer
     corpus = open_corpus(source)

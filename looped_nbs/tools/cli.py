@@ -213,7 +213,8 @@ def _write_whole(experiment, folder, size, seed):
     "Write the files of a task whose data are not drawn, such as a text; it has neither size nor seed."
     from looped_nbs.experiments.run import TASKS
     for name, value in (('size', size), ('seed', seed)):
-        if value is not None: raise FieldError(name, value, f'absent: {experiment.task.name} is written whole')
+        allowed = f'absent: {experiment.task.name} is written whole'
+        if value is not None: raise FieldError(name, value, allowed)
     try: task = TASKS[experiment.task.name](**experiment.task.kwargs)
     except FieldError as e: raise e.inside('task') from None
     for line in task.write(folder): print(line)
