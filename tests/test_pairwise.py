@@ -14,7 +14,8 @@ from looped_nbs.tasks.codings import CODINGS
 from looped_nbs.tasks.counting_lines import families
 from looped_nbs.training.loop import Trainer
 
-NAMES = families()  # one name for each class: published names of one family differ in their defaults
+# One name for each class: published names of one family differ in their defaults.
+NAMES = [name for name in families() if name != 'translation']  # which has tests of its own
 TOKENS = [name for name in NAMES if name != 'linear_regression']
 LANGUAGES = [name for name in TOKENS if name.startswith('language_')]
 REFUSED = {  # (task, coding): the only combinations that may be refused
@@ -22,6 +23,9 @@ REFUSED = {  # (task, coding): the only combinations that may be refused
     *((task, 'forced') for task in TOKENS if 'forced' not in TASKS[task].codings),
     *((task, 'multi_hot') for task in TOKENS if task not in LANGUAGES),  # answers that are no sets
     *((task, coding) for task in LANGUAGES for coding in ('last', 'tape')),  # whole strings are all accepted
+    *((task, 'seq2seq') for task in NAMES),  # one text each
+    *((task, 'next_token') for task in NAMES if task != 'text'),  # only a text goes on and on
+    *(('text', coding) for coding in CODINGS if coding != 'next_token'),  # and is asked nothing else
     *(('linear_regression', coding) for coding in CODINGS if coding != 'prompt'),  # nor the other way
 }
 SMALL = {  # used where a task or a model has a field of that name

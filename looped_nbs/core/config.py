@@ -143,21 +143,23 @@ class Optim:
     eps: float = 1e-8 # added to the denominator
     weight_decay: float = 0.0 # per step, relative to lr (adamw) or added to the gradient (adam)
     decayed: str = 'all' # parameters it acts on: all, all but biases (no_biases), or matrices and the like
-    schedule: str = 'constant' # constant or cosine, after the warm-up
-    warmup_steps: int = 0 # steps of linear warm-up from 0
-    min_lr: float = 0.0 # where the cosine ends
+    schedule: str = 'constant' # constant, linear, cosine or inverse_sqrt, after the warm-up
+    warmup_steps: int = 0 # steps of linear warm-up
+    warmup_from: str = 'zero' # first rate of the warm-up: zero, or one: of warmup_steps + 1 parts, the first
+    min_lr: float = 0.0 # where the line or cosine ends
     clip_norm: float = 1.0 # largest global gradient norm; 0: no clipping
 
     def __post_init__(self):
         one_of('optim.name', self.name, ['adam', 'adamw'])
         one_of('optim.decayed', self.decayed, ['all', 'no_biases', 'matrices'])
-        one_of('optim.schedule', self.schedule, ['constant', 'cosine'])
+        one_of('optim.schedule', self.schedule, ['constant', 'linear', 'cosine', 'inverse_sqrt'])
+        one_of('optim.warmup_from', self.warmup_from, ['zero', 'one'])
         at_least('optim.lr', self.lr, 0, above=True)
         for name in ('eps', 'weight_decay', 'warmup_steps', 'min_lr', 'clip_norm'):
             at_least(f'optim.{name}', getattr(self, name), 0)
         for b in self.betas:
             if not 0 <= b < 1: raise FieldError('optim.betas', self.betas, 'two numbers in [0, 1)')
-        if self.schedule == 'cosine' and self.min_lr > self.lr:
+        if self.schedule in ('linear', 'cosine') and self.min_lr > self.lr:
             raise FieldError('optim.min_lr', self.min_lr, f'at most optim.lr = {self.lr}')
 
 # %% ../../nbs/00_core/04_config.ipynb #4a7c862e

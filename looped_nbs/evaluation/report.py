@@ -71,10 +71,11 @@ def plot_curves(
     rows = next(iter(curves.values()))
     values, chance = zip(*((r[axis], r['chance']) for r in rows), strict=True)
     ax.plot(values, chance, color='grey', ls=':', lw=1, label='best constant answer')
-    ends = sorted({max(r[axis] for r in c if not r['beyond']) for c in curves.values()})
+    inside = [[r[axis] for r in c if not r['beyond']] for c in curves.values()]
+    ends = sorted({max(values) for values in inside if values})
     for end in ends: ax.axvline(end + .5, color='grey', lw=.8, ls='--')
-    reached = ', '.join(map(str, ends))
-    ax.set(xlabel=f'{axis} (training ends at {reached})', ylabel=score.replace('_', ' '), title=title)
+    reached = f'training ends at {", ".join(map(str, ends))}' if ends else 'all beyond training'
+    ax.set(xlabel=f'{axis} ({reached})', ylabel=score.replace('_', ' '), title=title)
     if score.endswith('accuracy'): ax.set_ylim(-.03, 1.05)
     ax.locator_params(axis='x', integer=True)
     ax.locator_params(axis='x', integer=True)

@@ -20,6 +20,7 @@ from ..core.errors import FieldError, InputError, one_of
 from ..core.registry import load_plugin, lookup
 from ..core.streams import torch_stream
 from ..evaluation.generalisation import generalisation, summarise
+from ..evaluation.perplexity import perplexities
 from ..evaluation.report import Table, plot_curves, table
 from ..evaluation.validation import Validate
 from . import chunked, counting, demo, fastweight, icl  # noqa: F401  registers presets
@@ -35,10 +36,12 @@ from looped_nbs.tasks import (  # noqa: F401  register tasks
     language_automata,
     language_brackets,
     language_counters,
+    language_modelling,
     language_nested,
     language_repeats,
     regression,
     regular,
+    translation,
 )
 from ..tasks.task import TASKS, Task
 from ..training.callbacks import Checkpoints, MetricLog, Progress, WandbLog, import_wandb, restore
@@ -104,22 +107,23 @@ def build(
     model.check_time(task.max_positions())
     for split in exp.evaluate.validate_on: one_of('evaluate.validate_on', split, task.splits)
     one_of('evaluate.choose_by', exp.evaluate.choose_by, ('loss', *task.objective.measures))
-    if exp.train.epochs: exp.train.steps = _steps(exp.train, task.splits['train'])
+    if exp.train.epochs: exp.train.steps = _steps(exp.train, task)
     for ramp in map(Ramp.parse, exp.train.ramps): _check_ramp(ramp, exp, task)
     if exp.run.track == 'wandb': import_wandb()
     return task, model
 
-def _steps(train, split):
+def _steps(train, task):
     "The steps of all epochs; only a listed split has epochs."
-    if split.problems is None:
+    if task.splits['train'].problems is None:
         raise FieldError('train.epochs', train.epochs, '0: this task draws new problems at every step')
     for ramp in train.ramps:
         if ramp.startswith('task.'): raise FieldError('train.ramps', ramp, 'one of the model, with epochs')
-    short, parts = split.size % train.batch_size, train.accumulation * place()[1]
-    if 0 < short < parts:
-        allowed = f'one that leaves at least {parts} of {split.size} problems for the last batch, or none'
+    (batches, smallest), parts = task.pass_size('train', train.batch_size), train.accumulation * place()[1]
+    if smallest < parts:
+        size = task.splits['train'].size
+        allowed = f'one that leaves at least {parts} of {size} problems for the last batch, or none'
         raise FieldError('train.batch_size', train.batch_size, allowed)
-    return train.epochs * -(-split.size // train.batch_size)
+    return train.epochs * batches
 
 def _check_ramp(ramp, exp, task):
     "Refuse a ramp that sets nothing, or that leaves what is trained at its first or last value."
@@ -177,6 +181,11 @@ class Run:
         "Accuracy inside and beyond the training range, chance, parameters and seconds."
         return table([self.row()])
 
+    def perplexities(self) -> Table | None: # of a run on a text
+        "Perplexity of random windows and of a pass over the test split, per token and per word."
+        rows = self.summary.get('perplexities')
+        return table(rows) if rows else None
+
     def plot(self) -> Figure: # the figure of the run folder
         "The score over the axis of the task."
         s = self.summary
@@ -201,9 +210,17 @@ def measure(
     workers = 1 if exp.run.threads else 0
     rows = generalisation(model, task, evaluate, exp.seed, device, exp.run.progress, workers, **controls)
     score = task.objective.score
+    passes = _passes(exp, task, model, evaluate, device, controls)
     return {'task': exp.task.name, 'model': label(exp), 'coding': task.coding, 'axis': task.axis,
             'score': score, 'seed': exp.seed, **summarise(rows, score), 'parameters': model.n_params(),
-            'examples': evaluate.examples, 'rows': rows, **controls}
+            'examples': evaluate.examples, 'rows': rows, **passes, **controls}
+
+def _passes(exp, task, model, evaluate, device, controls):
+    "Of a text also the perplexities of the published protocol and of a pass over the test split."
+    if not isinstance(task, language_modelling.Text): return {}
+    where = {'seed': exp.seed, 'device': device, 'progress': exp.run.progress}
+    batches = min(200, max(1, evaluate.examples // 12))  # 200 batches of 12 windows, as published, or fewer
+    return {'perplexities': perplexities(model, task, batches, **where, **controls)}
 
 def label(
     experiment: Experiment, # what was run
@@ -236,7 +253,9 @@ def train(
     task, model = build(experiment)
     torch.set_num_threads(pick_threads(model, experiment.run.threads))
     trainer, path = Trainer(model, task, experiment), experiment.run.out or _free_path(experiment)
-    return _go(trainer, RunFolder.create(experiment, path) if trainer.first else RunFolder(path))
+    folder = RunFolder.create(experiment, path) if trainer.first else RunFolder(path)
+    if trainer.first and task.fingerprint: write_text(folder.path/'data.json', json.dumps(task.fingerprint))
+    return _go(trainer, folder)
 
 def resume(
     path: str, # a run folder
@@ -266,7 +285,15 @@ def load(
         kept = folder.path/'plugins'/Path(file).name
         load_plugin(kept if kept.is_file() else file)
     experiment = Experiment.from_dict(merge(config, nest(overrides or {})), TASKS, MODELS)
-    return folder, experiment, *build(experiment)
+    task, model = build(experiment)
+    another = any(name.startswith('task.') for name in overrides or {})
+    if not another: _same_data(folder.path/'data.json', task)
+    return folder, experiment, task, model
+
+def _same_data(file, task):
+    "Refuse to go on with a text that has changed since the run began."
+    if not file.is_file() or file.read_text() == json.dumps(task.fingerprint): return
+    raise InputError(f'{file.parent}: the data of the task are not those that this run began with')
 
 # %% ../../nbs/08_experiments/05_run.ipynb #fc7cfcfc
 def _curve(metrics, score, points=50):
@@ -346,10 +373,12 @@ def _stop_early(loop, tolerance, n_loops):
     return used
 
 def _same_question(asked, taught):
-    "Refuse to evaluate under another coding or another training range than the task was taught in."
+    "Refuse to evaluate under another coding, training range or vocabulary than the task was taught in."
     window = f'task.{asked.axis}', asked.axis_range('train'), taught.axis_range('train')
     for field, mine, theirs in (('task.coding', asked.coding, taught.coding), window):
         if mine != theirs: raise FieldError(field, mine, f'{theirs}, as it was trained')
+    if asked.in_vocab != taught.in_vocab or asked.out_vocab != taught.out_vocab:
+        raise FieldError('task', f'one with {asked.d_in:,} tokens', 'one with the very tokens of training')
 
 def compare(
     runs: Iterable[Run], # finished runs of one task

@@ -146,8 +146,12 @@ def _report(run, as_json=False):
         print('looped: stopped early; a checkpoint is saved, go on with `looped resume`', file=sys.stderr)
         return 1
     files = f'numbers  {run.path}/summary.json\nfigure   {run.path}/figures/generalisation.png'
-    print(dumps(run.summary) if as_json else f'{run.table()}\n\n{files}')
+    print(dumps(run.summary) if as_json else f'{_tables(run)}\n\n{files}')
     return 0
+
+def _tables(run):
+    "What was measured: one table, and for a text another of perplexities."
+    return '\n\n'.join(map(str, filter(None, (run.table(), run.perplexities()))))
 
 def train_verb(
     argv: Sequence[str], # words after the verb
@@ -180,7 +184,7 @@ def evaluate_verb(
     if tolerance is not None: controls['tolerance'] = coerce('tolerance', tolerance, float)
     run = evaluate(words[0], check_flags(flags, experiment, sections), **controls)
     if as_json is not None: print(dumps(run.summary))
-    else: print(f'{run.table()}\n\nnumbers  {run.path}/{run.name}.json')
+    else: print(f'{_tables(run)}\n\nnumbers  {run.path}/{run.name}.json')
     return 0
 
 # %% ../../nbs/09_tools/03_cli.ipynb #a00f4df6
@@ -223,8 +227,9 @@ def data_verb(
     rest = [*words, *(w for k, v in flags.items() for w in (f'--{k}', *v)), *['--help'] * wants_help]
     experiment = read_experiment('data', rest, ('task',), 'PRESET|TASK --out FOLDER [--size N] [--seed N]')
     from looped_nbs.core.config import coerce
-    from looped_nbs.experiments.run import build
+    from looped_nbs.experiments.run import TASKS, build
     if not out: raise FieldError('out', '', 'a folder to write to')
+    if hasattr(TASKS[experiment.task.name], 'write'): return _write_whole(experiment, Path(out), size, seed)
     count = at_least('size', coerce('size', size or 10_000, int), 1)
     task = build(experiment)[0]
     if task.features:
@@ -232,6 +237,17 @@ def data_verb(
     return _write_data(task, Path(out), count, coerce('seed', seed or 0, int))
 
 # %% ../../nbs/09_tools/03_cli.ipynb #bed7a403
+def _write_whole(experiment, folder, size, seed):
+    "Write the files of a task whose data are not drawn, such as a text; it has neither size nor seed."
+    from looped_nbs.experiments.run import TASKS
+    for name, value in (('size', size), ('seed', seed)):
+        allowed = f'absent: {experiment.task.name} is written whole'
+        if value is not None: raise FieldError(name, value, allowed)
+    try: task = TASKS[experiment.task.name](**experiment.task.kwargs)
+    except FieldError as e: raise e.inside('task') from None
+    for line in task.write(folder): print(line)
+    return 0
+
 def _write_data(task, folder, count, seed):
     "Write one file per split, each with a progress bar; existing files are refused."
     from tqdm.auto import tqdm
