@@ -17,8 +17,8 @@ class Table(str):
     def _repr_markdown_(self): return str(self)
 
 def _text(value):
-    "A cell: three digits of a fraction, thousands of a count apart."
-    if isinstance(value, float): return f'{value:.3f}'
+    "A cell: three digits of a fraction, thousands of a count apart, powers of ten of what is huge."
+    if isinstance(value, float): return f'{value:.3f}' if abs(value) < 1e7 else f'{value:.2e}'
     return f'{value:,}' if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 def table(
