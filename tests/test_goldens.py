@@ -31,6 +31,8 @@ from looped_nbs.layers.block import Block, FeedForward
 from looped_nbs.layers.fast_weights import SRWM, DeltaRule, ElementwiseLSTM, LinearAttention, RecurrentDelta
 from looped_nbs.layers.positions import build_positions
 from looped_nbs.ops.delta import DELTA
+from looped_nbs.ops.dynamic_programs import edit_distance as solve_edit_distance
+from looped_nbs.ops.dynamic_programs import edit_table, increasing_chain
 from looped_nbs.ops.linear_attention import LINEAR_ATTENTION
 from looped_nbs.ops.operator import call, here
 from looped_nbs.ops.recurrent_delta import recurrent_delta
@@ -38,21 +40,26 @@ from looped_nbs.ops.srwm import srwm
 from looped_nbs.tasks import (  # noqa: F401, register the tasks
     counting_modular,
     counting_shifted,
+    edit_distance,
     language_automata,
     language_brackets,
     language_counters,
     language_nested,
     language_repeats,
     regular,
+    subsequences,
+    sums,
 )
 from looped_nbs.tasks.codings import CODINGS
 from looped_nbs.tasks.counting import label_counting
 from looped_nbs.tasks.counting_auxiliary import label_addbigram, label_addtable, label_fillers
 from looped_nbs.tasks.counting_raspl import label_raspl
 from looped_nbs.tasks.counting_selective import label_selective
+from looped_nbs.tasks.dynamic import EOS
 from looped_nbs.tasks.files import to_examples, to_problem
 from looped_nbs.tasks.objectives import Regression, TokenClassification, add_tallies, means
 from looped_nbs.tasks.paired_files import read_pair, read_splits, write_pair
+from looped_nbs.tasks.symbol_lines import read_lines, to_text
 from looped_nbs.tasks.task import TASKS
 from looped_nbs.training.optim import build_optimiser, learning_rate, set_rate
 
@@ -134,8 +141,7 @@ NOT_BUILT = {
     ],
     'part 4': _stems('timestep', '''
         alibi dp_eval dp_gpt dp_looped dp_time icl_looped icl_time lm_gpt lm_looped lm_time s2s_base
-        s2s_looped s2s_time task_ed task_ed_cot task_knapsack task_lcs task_lis task_partial_sum
-        timestep_embedding tmlt_gpt tmlt_lt tmlt_tmlt tmlt_tmlt_bidir
+        s2s_looped s2s_time timestep_embedding tmlt_gpt tmlt_lt tmlt_tmlt tmlt_tmlt_bidir
     '''),
     'part 5': _stems('icl', '''
         ab baselines_dtree baselines_linear baselines_relu2nn baselines_sparse cls_looped cls_transformer
@@ -688,6 +694,692 @@ def check_fastweight_model(case):
         adam.step()
 
 
+DYNAMIC = {  # stem: task, names of the parts of a raw instance, name of its answer
+    'ed': ('edit_distance', {'seq1': 'first', 'seq2': 'second'}, 'distance'),
+    'ed_cot': ('edit_distance', {'seq1': 'first', 'seq2': 'second'}, 'distance'),
+    'lis': ('longest_increasing_subsequence', {'seq': 'sequence'}, 'lis'),
+    'lcs': ('longest_common_subsequence', {'seq1': 'first', 'seq2': 'second'}, 'lcs'),
+    'knapsack': ('knapsack', {n: n for n in ('weights', 'values', 'capacity')}, 'value'),
+    'partial_sum': ('partial_sum', {n: n for n in ('numbers', 'target')}, 'label'),
+}
+
+
+def _dynamic_fields(case, columns=-1, **fields):
+    "Fields of a task: the words that its generator was called with, and what its loader was told."
+    words = case.meta['generator_args']
+    given = {k.removeprefix('--'): int(v) for k, v in zip(words[::2], words[1::2], strict=True)}
+    fields |= {k: v for k, v in given.items() if k not in ('train_size', 'test_size', 'file')}
+    return fields | {'num_range': case.meta['loader']['num_range'], 'max_len': columns + 1}
+
+
+def check_dynamic_lines(case, coding, prefix):
+    name = DYNAMIC[case.stem.removeprefix('timestep/task_')][0]
+    tokens, labels = case[f'in.{prefix}tokens'], case[f'out.{prefix}labels']
+    task = TASKS[name](**_dynamic_fields(case, tokens.shape[1], coding=coding))
+    text = '\n'.join(case.meta[f'{prefix}text_lines']) + '\n'
+    rows = read_lines('the case', task.symbols, lines=enumerate(text.encode().splitlines(), 1))
+    problem = task.read_problems(rows, 'the case')  # solves each line and compares all of it
+    written = task.lines(problem)[0]
+    assert to_text(np.where(written == EOS, 0, written), task.symbols, coding == 'chain').decode() == text
+    batch = task.encode(problem)
+    assert torch.equal(batch.inputs, tokens.long())
+    assert torch.equal(batch.targets, labels.long())
+    assert torch.equal(batch.loss_mask, labels > 0) and torch.equal(batch.score_mask, labels > 0)
+    assert torch.equal(batch.prompt_lengths - 1, case[f'out.{prefix}sep_pos'].long())
+    np.testing.assert_array_equal(task.label(problem), problem['answers'])
+
+
+def check_dynamic_task(case):
+    name, parts, answer = DYNAMIC[case.stem.removeprefix('timestep/task_')]
+    check_dynamic_lines(case, 'answer', '')
+    if 'chain_text_lines' in case.meta: check_dynamic_lines(case, 'chain', 'chain_')
+    raw = {ours: case[f'raw.{theirs}'].numpy() for theirs, ours in parts.items()}
+    problem = {k: v if v.ndim == 2 else v[:, None] for k, v in raw.items()}
+    right, task = case[f'ans.{answer}'].numpy(), TASKS[name](**_dynamic_fields(case))
+    np.testing.assert_array_equal(task.solve(problem), right)
+    np.testing.assert_array_equal(task.label(problem), right)
+    if 'ans.chain' in case.tensors:
+        np.testing.assert_array_equal(increasing_chain(problem['sequence']), case['ans.chain'])
+    if 'ans.last_row' in case.tensors:
+        first, second, rows = problem['first'], problem['second'], np.arange(len(right))
+        last = edit_table(first, second)[rows, (first >= 0).sum(1)]
+        last[np.arange(last.shape[1]) > (second >= 0).sum(1)[:, None]] = -1
+        np.testing.assert_array_equal(last, case['ans.last_row'])
+        for impl in ('auto', 'numpy'):
+            np.testing.assert_array_equal(solve_edit_distance(first, second, 1, impl), right)
+    rows = task.lines(problem | {'answers': right})[0]
+    again = task.read_problems(np.where(rows == EOS, 0, rows), 'the case')
+    for part in task.parts: np.testing.assert_array_equal(again[part], problem[part][:, :again[part].shape[1]])
+    length = int(_dynamic_fields(case)['length'])
+    drawn = task.draw(np.random.default_rng(0), 4096, length=length)
+    assert all(drawn[part].shape[1] == problem[part].shape[1] for part in task.parts)
+
+
+BUILT = {
+    'part 2': [
+    ],
+    'part 4': _stems('timestep', '''
+        alibi dp_eval dp_gpt dp_looped dp_time icl_looped icl_time lm_gpt lm_looped lm_time s2s_base
+        s2s_looped s2s_time timestep_embedding tmlt_gpt tmlt_lt tmlt_tmlt tmlt_tmlt_bidir
+    '''),
+    'part 5': _stems('icl', '''
+        ab baselines_dtree baselines_linear baselines_relu2nn baselines_sparse cls_looped cls_transformer
+        curriculum dilated_intended dilated_upstream ego_feed ego_lastn ego_lastn_pos ego_skip lastn_add
+        lastn_mul looped_mul openml_batch probe_loop_Wols probe_loop_grad probe_unloop_Wols
+        probe_unloop_grad ssm_looped task_dtree_d2 task_dtree_d4 task_dtree_shared task_linear task_noisy
+        task_relu2nn_h100_s100 task_relu2nn_h8_s3 task_sparse train_gpt2 train_gpt2_loop transformer
+        transformer_addinputs tying
+    '''),
+    'part 6': _stems('chunked', '''
+        brt_chunk1 brt_chunk2 brt_chunk4 brt_chunk8 brt_layers2_rec1 dm_encdec_none dm_encdec_rotary
+        dm_encdec_sin_cos dm_lstm dm_ndstack_rnn dm_rnn dm_stack_lstm dm_stack_rnn dm_tape_rnn
+        staircase_chunk1 staircase_chunk1_cache1 staircase_chunk1_cache2 staircase_chunk1_cacheall
+        staircase_chunk1_group2 staircase_chunk2 staircase_chunk2_cache1 staircase_chunk2_cache2
+        staircase_chunk2_cacheall staircase_chunk2_group2 staircase_chunk4 staircase_chunk4_cache1
+        staircase_chunk4_cache2 staircase_chunk4_cacheall staircase_chunk4_group2 staircase_chunk8
+        staircase_chunk8_cache1 staircase_chunk8_cache2 staircase_chunk8_cacheall
+        staircase_chunk8_group2 staircase_diagonal_chunk1 staircase_diagonal_chunk2
+        staircase_diagonal_chunk2_ragged staircase_diagonal_chunk4 staircase_diagonal_chunk4_ragged
+        staircase_parallel_causal staircase_parallel_full staircase_postnorm staircase_short_input
+        task_deepmind_binary_addition task_deepmind_binary_multiplication task_deepmind_bucket_sort
+        task_deepmind_compute_sqrt task_deepmind_cycle_navigation task_deepmind_duplicate_string
+        task_deepmind_even_pairs task_deepmind_missing_duplicate_string
+        task_deepmind_modular_arithmetic task_deepmind_modular_arithmetic_brackets
+        task_deepmind_modular_arithmetic_brackets_nomult task_deepmind_odds_first
+        task_deepmind_parity_check task_deepmind_reverse_string task_deepmind_solve_equation
+        task_deepmind_stack_manipulation
+    '''),
+    'part 7': _stems('counting', '''
+        mamba op_cauchy op_causal_conv1d_silu op_fftconv op_fftconv_bidirectional op_fftconv_ch2_glu
+        op_fftconv_diag op_hippo_init op_log_vandermonde op_s4_dplr_fourier op_s4_dplr_legs
+        op_s4_dplr_legt_rank2 op_s4_dplr_nssm1_ch2 op_s4block op_s4block_diag_noglu op_s4d_bilinear_inv
+        op_s4d_dss op_s4d_real op_s4d_softplus_dtuntied op_s4d_zoh_lin op_selective_scan op_wkv5 op_wkv6
+        op_wkv6state rwkv5 rwkv5_init rwkv6 rwkv6_init s4 s4_tied train_trace_s4
+    '''),
+}
+
+
+@dataclass
+class Case:
+    "One reference case; it notes which of its tensors were read."
+    name: str
+    path: Path
+    read: set = field(default_factory=set)
+
+    def __post_init__(self):
+        self.stem = re.sub(r'(\.sample)?_[a-z]$', '', self.name)
+        self.meta = json.loads(self.path.read_text(encoding='utf-8'))
+        tensors = self.path.with_suffix('.safetensors')
+        self.tensors = load_file(tensors) if tensors.exists() else {}
+
+    @property
+    def config(self): return self.meta['config']
+
+    def __getitem__(self, name):
+        self.read.add(name)
+        return self.tensors[name]
+
+    def part(self, prefix):
+        "All tensors `<prefix>.<name>`, as `<name>`."
+        return {n.removeprefix(f'{prefix}.'): self[n] for n in self.tensors if n.startswith(f'{prefix}.')}
+
+    def close(self, ours, theirs, what):
+        rtol, atol = OTHER_TOLERANCE.get(self.stem, TOLERANCE[theirs.dtype])
+        ours = ours.detach() if theirs.numel() > 1 else ours.detach().reshape(theirs.shape)  # () or (1,)
+        torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol, msg=lambda m: f'{what}: {m}')
+
+
+def _assert_moves(case, adapted, model, computed=()):
+    "Every tensor of the case has one place, every one of the model one origin; the way back restores it."
+    params = case.part('param')
+    theirs, ours = [m.theirs for m in adapted.moves], [m.ours for m in adapted.moves]
+    assert len(set(theirs)) == len(theirs) and len({(m.ours, m.piece) for m in adapted.moves}) == len(ours)
+    assert set(theirs) == set(params) - set(computed)
+    assert set(ours) == set(model.state_dict())
+    back = give(model.state_dict(), adapted.moves)
+    assert all(torch.equal(back[name], params[name]) for name in theirs)
+
+
+def _assert_training(case, adapted, model, batch, objective, loss='loss', grads='grad'):
+    "Loss and all gradients agree; returns the output."
+    output = model(batch)
+    total, count = objective.loss(output, batch)
+    case.close(total / count, case[f'out.{loss}'], f'out.{loss}')
+    (total / count).backward()
+    theirs = take(case.part(grads), adapted.moves)
+    ours = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    idle = {m.ours for m in adapted.moves if m.theirs in case.meta.get('parameters_without_gradient', ())}
+    assert set(theirs) == set(ours) - idle
+    for name, gradient in theirs.items(): case.close(ours[name], gradient, f'{grads}.{name}')
+    for name in idle: assert ours[name] is None or not ours[name].any()
+    return output
+
+
+def _tokens(one_hot):
+    "The tokens of one-hot vectors; refuses anything else."
+    ids = one_hot.argmax(-1)
+    assert torch.equal(F.one_hot(ids, one_hot.shape[-1]).to(one_hot.dtype), one_hot)
+    return ids
+
+
+def check_chunked_model(case):
+    settings = {'architecture': case.meta['architecture']}
+    if settings['architecture'] == 'encoder': settings['dropout_prob'] = 0.  # a note of the case says so
+    adapted = chunked.adapt(case.part('param'), case.config | settings)
+    model = build(adapted).train()
+    _assert_moves(case, adapted, model)
+    tokens, targets = _tokens(case['in.x']), _tokens(case['in.target'])
+    every = targets.ndim == 2
+    assert every == case.config.get('return_all_outputs', False)
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    if not every:
+        mask[:, :-1] = False
+        targets = F.pad(targets[:, None], (tokens.shape[1] - 1, 0))
+    lengths = torch.full((len(tokens),), tokens.shape[1])
+    batch = Batch(tokens, targets, mask, mask, lengths)
+    output = _assert_training(case, adapted, model, batch, TokenClassification())
+    case.close(output.final if every else output.final[:, -1], case['out.logits'], 'out.logits')
+
+
+def check_ibm_task(case):
+    name, fields = case.stem.removeprefix('chunked/task_ibm_'), {}
+    if name.startswith('parallel'):
+        name, n, kind = re.fullmatch(r'(.*)_n(\d+)_(\w+)', name).groups()
+        fields = {'n_strings': int(n), 'explicit_tokens': kind == 'explicit'}
+    task = TASKS[name](**fields)
+    assert (len(task.symbols) <= case.meta['input_size'], task.d_out) == (True, case.meta['output_size'])
+    for length, facts in case.meta['lengths'].items():
+        tokens, right = case[f'in.len{length}'].numpy(), case[f'out.len{length}'].numpy()
+        problem = {'tokens': tokens, 'lengths': np.full(len(tokens), tokens.shape[1])}
+        problem['answers'] = task.prefix_answers(tokens)
+        np.testing.assert_array_equal(problem['answers'][:, -1], right)
+        np.testing.assert_array_equal(problem['answers'], task.label(problem))
+        for coding in ('last', 'tape', 'prefix'):
+            seen = TASKS[name](coding=coding, **fields).encode(problem)
+            last = seen.targets[torch.arange(len(right)), seen.lengths - 1]
+            np.testing.assert_array_equal(last, right)
+        drawn = task.draw(np.random.default_rng(0), 4, length=int(length))['tokens']
+        assert drawn.shape[1] == tokens.shape[1] == facts['input_length']
+        assert facts['output_length'] == facts['declared_output_length'] == 1
+
+
+def check_padding(case):
+    form = re.compile(r'out\.(ibm|deepmind)_(\w+)_len(\d+)_mult(\d)_(eos0|eos1|empty|targets)')
+    for name in [n for n in case.tensors if n.startswith('out.')]:
+        _, task, length, steps, kind = form.fullmatch(name).groups()
+        label, theirs = name.removeprefix('out.'), case[name]
+        tokens = case[f'in.{label}'].numpy()
+        problem = {'tokens': tokens, 'lengths': np.full(len(tokens), int(length))}
+        n_outputs = {'reverse_string': 4, 'stack_manipulation': 5, 'compute_sqrt': 2}.get(task, 1)
+        problem['outputs'] = np.zeros((len(tokens), n_outputs), int)
+        if kind == 'targets': problem['outputs'] = case[f'in.target_{label}'].numpy()
+        assert problem['outputs'].shape[1] == n_outputs
+        if kind == 'eos0': problem['answers'] = np.zeros_like(tokens)  # empty steps are ignored there
+        coding = {'eos0': 'last', 'targets': 'forced'}.get(kind, 'tape')
+        coding = CODINGS[coding](int(steps) if kind != 'eos0' else 0)
+        symbols = theirs.shape[-1] - 1 - (steps != '0')
+        batch = coding(problem, (*map(str, range(symbols)), *coding.extra()))
+        assert torch.equal(F.one_hot(batch.inputs, theirs.shape[-1]).float(), theirs)
+        if kind != 'eos0':  # outputs are read at the last tokens of the tape, forced ones one earlier
+            early = kind == 'targets'
+            asked = torch.arange(theirs.shape[1]) >= theirs.shape[1] - n_outputs - early
+            if early: asked[-1] = False
+            assert torch.equal(batch.loss_mask, asked.expand(len(tokens), -1))
+
+
+def _counting_batch(case, ids, labels):
+    "Tokens and labels; a label of -1 is not supervised."
+    mask = labels >= 0
+    return Batch(ids, labels.clamp_min(0), mask, mask, torch.full((len(ids),), ids.shape[1]))
+
+
+def _collate(case, batch, vocab, part):
+    "Give a batch the lengths, mask and helpers of its examples; compare all that the case knows of them."
+    problem = to_problem(case.meta['examples'], vocab, vocab, '<pad>')
+    time = problem['tokens'].shape[1]
+    np.testing.assert_array_equal(case[f'{part}.input_id'][:, :time], problem['tokens'])
+    np.testing.assert_array_equal(case[f'{part}.label'][:, :time], problem['answers'])
+    assert (case[f'{part}.input_id'][:, time:] == vocab.index('<pad>')).all()
+    assert (case[f'{part}.label'][:, time:] == -1).all()
+    batch.lengths = torch.from_numpy(problem['lengths'])
+    pad, helpers = vocab.index('<pad>'), [vocab.index(w) for w in ('<pad>', '<blk>') if w in vocab]
+    batch.key_mask, batch.advance = batch.inputs != pad, ~torch.isin(batch.inputs, torch.tensor(helpers))
+    assert torch.equal(batch.key_mask, case[f'{part}.attention_mask'].bool())
+
+
+def _draw_as_published(scheme, augmentation, seed):
+    "Let a scheme of positions draw from Python's generator, as the study's collator does."
+    kind = {'shift': 'shift', 'scaler+shift': 'shift', 'randomized': 'random'}.get(augmentation)
+    assert scheme.drawn == bool(kind)
+    if kind: scheme.numbering = counting.collator_draws(kind, seed)
+
+
+def _assert_ids(case, ours, name):
+    if case[name].is_floating_point(): case.close(ours, case[name], name)
+    else: assert torch.equal(ours, case[name])
+
+
+def check_collator(case):
+    vocab, augmentation = case.meta['vocab'], case.meta['augmentation']
+    positions, ids = {
+        None: ('rotary', 'plain'), 'shift': ('rotary', 'shift'), 'randomized': ('rotary', 'random'),
+        'scaler+shift': ('scalar', 'shift'), 'zooming': ('scalar', 'zoom')}[augmentation]
+    scheme = build_positions(positions, 8, 2, case.meta['max_position_embeddings'], ids)
+    _draw_as_published(scheme, augmentation, case.meta['python_random_seed'])
+    batch = _counting_batch(case, case['out.input_id'], case['out.label'])
+    assert batch.inputs.shape[1] == case.meta['max_seq_len']
+    _collate(case, batch, vocab, 'out')
+    _assert_ids(case, scheme.draw_ids(batch), 'out.position_id')
+
+
+def _assert_metrics(logits, labels, max_seen, counts):
+    ours = {f'{name}_{kind}': n for name, pair in counting.study_metrics(logits, labels, max_seen).items()
+            for kind, n in zip(('correct', 'total'), pair, strict=True)}
+    assert ours == counts
+
+
+def check_metric(case):
+    for max_seen, counts in case.meta['expected_by_max_seen_len'].items():
+        _assert_metrics(case['in.logits'], case['in.label'], int(max_seen), counts)
+
+
+def check_train_trace(case):
+    adapted = counting.adapt(case.part('param'), case.config)
+    model, steps = build(adapted).train(), case.meta['steps']
+    groups = case.meta.get('groups', [{'lr': case.meta.get('lr'), 'weight_decay': .01}])
+    optim = Optim(lr=groups[0]['lr'], weight_decay=groups[0]['weight_decay'], name='adamw', clip_norm=1.,
+                  warmup_steps=case.meta.get('warmup_steps', 0))
+    optimiser = build_optimiser(model, optim)
+    assert len(groups) == len(optimiser.param_groups) == 1
+    assert groups[0].get('n_tensors') in (None, len(optimiser.param_groups[0]['params']))
+    rates = [learning_rate(optim, step, steps) for step in range(steps)]
+    if 'out.lrs' in case.tensors:
+        case.close(torch.tensor(rates, dtype=torch.double), case['out.lrs'], 'out.lrs')
+    for step, rate in enumerate(rates):
+        batch = _counting_batch(case, case[f'in.step{step}.input_id'], case[f'in.step{step}.label'])
+        if f'in.step{step}.position_id' in case.tensors:
+            batch.position_ids = case[f'in.step{step}.position_id']
+            batch.key_mask = case[f'in.step{step}.attention_mask'].bool()
+        total, count = TokenClassification().loss(model(batch), batch)
+        (total / count).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)
+        case.close(total / count, case['out.losses'][step], f'loss of step {step}')
+        case.close(norm, case['out.grad_norms'][step], f'norm of step {step}')
+        set_rate(optimiser, rate)
+        optimiser.step()
+        optimiser.zero_grad()
+    final = take(case.part('out.final'), adapted.moves, computed=['sine.pe'])
+    assert set(final) == set(model.state_dict())
+    for name, tensor in model.state_dict().items(): case.close(tensor, final[name], name)
+
+
+def check_counting_transformer(case):
+    adapted = counting.adapt(case.part('param'), case.config)
+    model, vocab = build(adapted).eval(), case.config['vocab']
+    _assert_moves(case, adapted, model, computed=['sine.pe'])
+    batch = _counting_batch(case, case['in.input_id'], case['in.label'])
+    _collate(case, batch, vocab, 'in')
+    _draw_as_published(model.positions, case.meta['augmentation'], case.meta['collator_python_random_seed'])
+    batch.position_ids = model.position_ids(batch)
+    _assert_ids(case, batch.position_ids, 'in.position_id')
+    if 'param.sine.pe' in case.tensors:  # a table there, computed here
+        table = case['param.sine.pe']
+        places = torch.arange(len(table))[None]
+        case.close(model.positions.embed(torch.zeros_like(table)[None], places), table[None], 'sine.pe')
+    output = _assert_training(case, adapted, model, batch, TokenClassification())
+    case.close(output.final, case['out.logits'], 'out.logits')
+    counts = case.meta['metrics_max_seen_len_6']
+    _assert_metrics(output.final, case['in.label'], 6, counts)
+    right, total = TokenClassification().metrics(output, batch)['accuracy']
+    assert int(right) == counts['counting_correct'] + counts['last_correct']
+    assert int(total) == counts['counting_total'] + counts['last_total']
+
+
+def check_counting_recurrent(case):
+    adapted = counting.adapt(case.part('param'), case.config)
+    assert adapted.model == case.stem.removeprefix('counting/').split('_')[0]
+    model = build(adapted).eval()
+    _assert_moves(case, adapted, model)
+    batch = _counting_batch(case, case['in.input_id'], case['in.label'])
+    output = _assert_training(case, adapted, model, batch, TokenClassification())
+    case.close(output.final, case['out.logits'], 'out.logits')
+
+
+def check_fast_weights(case):
+    operator = {'sum': LINEAR_ATTENTION, 'delta': DELTA}[case.meta['op']]
+    names = dict(zip(operator.inputs, ('q', 'k', 'v', 'beta'), strict=False))
+    def swap(x): return x.transpose(1, 2)  # heads before time there
+    inputs = [swap(case[f'in.{n}']) for n in names]
+    if 'beta' in names: inputs[-1] = inputs[-1].squeeze(-1)
+    for form in ('naive', *here(operator)):
+        leaves = [x.clone().requires_grad_() for x in (*inputs, case['in.W0'])]
+        y = call(operator, tuple(leaves[:-1]), leaves[-1], impl=form)
+        case.close(swap(y), case['out.y'], f'{form}: out.y')
+        *grads, grad_state = torch.autograd.grad(y, leaves, swap(case['in.grad_out']))
+        if 'beta' in names: grads[-1] = grads[-1][..., None]
+        for name, grad in zip(names, grads, strict=True):
+            case.close(swap(grad), case[f'grad.{name}'], f'{form}: {name}')
+        case.close(grad_state, case['grad.W0'], f'{form}: grad.W0')
+
+
+FILE_RULES = (  # folder and file: the rule of its lines, where that is not the rule of the folder's task
+    (r'.*/addbigram_(upto200_)?test', label_addbigram),
+    (r'.*/addbigram_\w*seq_test', label_fillers),
+    (r'.*/addtable_\w*test', label_addtable),
+    (r'debug/.*', label_selective),
+    (r'\w*symbol_addbigram/.*', label_counting),
+    (r'.*/corrupted_tokenemb', lambda tokens: TASKS['counting_samesymbol_mod10']().rule(['a'] * len(tokens))),
+)
+FILE_TASKS = {  # where no task has the name of the folder and the file needs another vocabulary
+    'debug': 'counting_selective', 'addbigram': 'counting_samesymbol',
+    'addbigram_blkseq': 'counting_samesymbol_plain2_addbigram_blkseq',
+    'addbigram_nullseq': 'counting_samesymbol_plain2_addbigram_nullseq',
+    'addbigram_shiftedblkseq': 'counting_samesymbol_shiftedstart4_addbigram_blkseq',
+    'addbigram_shiftednullseq': 'counting_samesymbol_shiftedstart4_addbigram_nullseq',
+    'addbigram_upto200': 'counting_samesymbol_shiftedstart3__tr25_te200__', 'addtable': 'counting_samesymbol',
+    'addtable_padhelper': 'counting_samesymbol_padhelper',
+}
+
+
+@functools.cache
+def _counting_task(folder, file=''):
+    "The task whose data a folder holds; an auxiliary file belongs to the task that is mixed with it."
+    if folder in FILE_TASKS: return TASKS[FILE_TASKS[folder]]()
+    auxiliary = re.sub(r'_(padhelper_)?test$', '', file)
+    tasks = [task() for name, task in TASKS.items() if re.fullmatch(rf'{folder}(_add\w+)?', name)]
+    mixed = [task for task in tasks if task.auxiliary and auxiliary.startswith(task.auxiliary)]
+    return sorted(mixed, key=lambda task: -len(task.auxiliary))[0] if mixed else tasks[0]
+
+
+def check_counting_file(case):
+    folder, file = case.stem.split('/')[-2:]
+    task, examples = _counting_task(folder, file), case.meta['examples']
+    rule = next((r for pattern, r in FILE_RULES if re.fullmatch(pattern, f'{folder}/{file}')), task.define)
+    assert examples
+    for tokens, labels in examples:
+        assert (label_raspl(tokens, labels[-1]) if 'raspL' in folder else rule(tokens)) == labels, tokens
+    problem = to_problem(examples, task.symbols, task.answers, '<pad>', case.path)
+    batch = task.encode(problem)
+    rows = zip(batch.targets, batch.loss_mask, strict=True)
+    shown = [[task.answers[y] for y in targets[mask]] for targets, mask in rows]
+    assert shown == [[y for y in labels if y != '-1'] for _, labels in examples]
+    if rule == task.define: np.testing.assert_array_equal(task.label(problem), problem['answers'])
+
+
+def check_looped_add(case):
+    params, config = case.part('param'), case.config
+    batch = CODINGS['prompt']()({'xs': case['in.xs'].numpy(), 'ys': case['in.ys'].numpy()}, ())
+
+    def predictions(output): return output.logits[:, :, ::2, 0]
+
+    for part, loss, grads in (({}, 'loss', 'grad'), ({'n_loop_start': 0}, 'loss_full', 'gradfull')):
+        adapted = icl.adapt(params, config | part)
+        model = build(adapted)
+        _assert_moves(case, adapted, model)
+        with torch.no_grad(): after = model.eval()(batch, return_loops='all')
+        case.close(predictions(after), case['out.pred_all_loops'], 'out.pred_all_loops')
+        output = _assert_training(case, adapted, model.train(), batch, Regression(), loss, grads)
+        if not part: case.close(predictions(output), case['out.pred'], 'out.pred')
+    some = config['n_loops'] - 1
+    with torch.no_grad(): fewer = model(batch, n_loops=some, return_loops='all')
+    case.close(predictions(fewer), case['out.pred_all_loops'][:some], f'{some} loops')
+
+
+LANGUAGES = {'aastarbbstar': 'runs', 'D': 'd'}  # names of the suite that differ from ours
+PUBLISHED_SIZES = {  # vocabularies of the study, padding included
+    'parity': (3, 3), 'aa-star': (2, 3), 'abab-star': (3, 3), 'counter-2': (3, 4), 'counter-3': (4, 5),
+    'shuffle-2': (5, 5), 'dyck-1': (3, 3), 'reset_dyck': (4, 3),
+}
+
+
+def _language(name):
+    "The task of a language, by its name in the suite."
+    family, number = re.fullmatch(r'([a-zA-Z_-]+?)(?:-(\d+))?', name).groups()
+    ours = LANGUAGES.get(family, family.replace('-', '_'))
+    return TASKS[f'language_{ours}_{number}' if number else f'language_{ours}']
+
+
+def _window(task, ends):
+    "Fields that set the window of training to that of a bin."
+    unit = task.axis
+    return {f'min_{unit}': ends[0], f'max_{unit}': ends[1], f'test_{unit}': 2 * ends[1] + 2}
+
+
+def check_language(case):
+    name, width = case.stem.removeprefix('linear_fwp/task_'), case.meta['chars_per_target_step']
+    build_task = _language(name)
+    for facts in (case.meta['bin0'], case.meta['bin1']):
+        fields = _window(build_task, facts['window']) | {'train_size': 0, 'val_size': 1, 'test_size': 1}
+        task = build_task(**fields)
+        assert len(facts['src']) == len(facts['tgt']) > 0
+        index = {a: i for i, a in enumerate(task.grammar.letters)}
+        longest = task.length(facts['window'][1])
+        for n, (word, targets) in enumerate(zip(facts['src'], facts['tgt'], strict=True)):
+            wanted = [targets[i:i + width] for i in range(0, len(targets), width)]
+            wanted += ['-1'] * (len(word) - len(wanted))  # an end marker is asked nothing
+            assert task.grammar.rule(word) == wanted, word
+            problem = task.problem(np.array([[index[a] for a in word]], dtype=np.int8), np.array([len(word)]))
+            assert [(*task.answers, '-1')[y] for y in problem['answers'][0]] == wanted, word
+            np.testing.assert_array_equal(task.label(problem), problem['answers'])
+            values = len(word) // len(task.grammar.letters) if task.axis == 'count' else len(word)
+            assert facts['window'][0] <= values and len(word) <= longest
+            if n == 0 and facts['multihot_first'] is not None:
+                hot = build_task(coding='multi_hot', **fields).encode(problem)
+                assert hot.targets[0].tolist() == facts['multihot_first']
+    sizes = task.d_in, build_task(pad_class=True, **fields).d_out
+    assert sizes == PUBLISHED_SIZES.get(name, sizes)
+
+
+def check_paired_files(case):
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        for name, lines in case.meta['files'].items(): (folder/name).write_text('\n'.join(lines))
+        splits, sources, classes = read_splits(folder)
+        for split in splits:
+            write_pair(folder/f'{split}_51.src', read_pair(folder/f'{split}_50.src'))
+            for ending in ('src', 'tgt'):
+                written = (folder/f'{split}_51.{ending}').read_text()
+                assert written == (folder/f'{split}_50.{ending}').read_text() + '\n'
+    assert (list(sources), list(classes)) == (case.meta['src_vocab'], case.meta['tgt_vocab'])
+    assert (len(sources), len(classes)) == (case.meta['src_pad'], case.meta['tgt_pad'])
+    sizes = case.meta['in_vocab_size'], case.meta['out_vocab_size']
+    assert sizes == (len(sources) + 1, len(classes) + 1)
+    for split, (tokens, targets) in splits.items():
+        np.testing.assert_array_equal(case[f'out.{split}_src'], tokens)
+        np.testing.assert_array_equal(case[f'out.{split}_tgt'], targets)
+
+
+def check_bin_metric(case):
+    logits, targets = case['in.logits'], case['in.tgt'].long()
+    mask = targets != case.meta['pad']
+    tallies, pairs = {}, []
+    for start in range(0, len(logits), case.meta['batch_size']):
+        rows = slice(start, start + case.meta['batch_size'])
+        batch = Batch(targets[rows], targets[rows], mask[rows], mask[rows], mask[rows].sum(1))
+        pairs.append((Output(logits[rows]), batch))
+        add_tallies(tallies, TokenClassification().metrics(*pairs[-1]))
+    ours, loss = means(tallies), fastweight_protocol.mean_of_batches(TokenClassification(), pairs)
+    found = [loss, 100 * ours['sequence_accuracy'], 0, 100 * ours['accuracy']]
+    theirs = case['out.metrics']
+    case.close(torch.tensor(found[0]), theirs[0].float(), 'loss')  # of logits in single precision
+    case.close(torch.tensor(found[1:], dtype=torch.double), theirs[1:], 'accuracies')
+
+
+TIME_FIRST = 'batch heads time d -> batch time heads d'
+RECURRENT = {  # stem: function, pattern of each argument, arguments that are states
+    'op_rec': (recurrent_delta, dict.fromkeys(('qx', 'kx', 'vx'), TIME_FIRST)
+               | {'bx': 'batch heads time 1 -> batch time heads'}
+               | dict.fromkeys(('R_q', 'R_k', 'R_v'), '1 heads e m -> heads e m')
+               | {'r_b': '1 heads 1 e -> heads e'}, ['W0', 'h0']),
+    'op_srwm': (srwm, {'x': TIME_FIRST} | dict.fromkeys(('W_y', 'W_q', 'W_k', 'w_b'), 'b h e m -> b h e m'),
+                []),
+}
+
+
+def check_recurrent_operator(case):
+    operator, patterns, states = RECURRENT[case.stem.removeprefix('linear_fwp/')]
+    leaves = {n: case[f'in.{n}'].requires_grad_() for n in (*patterns, *states)}
+    more = {'state': (leaves['W0'], leaves['h0'].squeeze(2))} if states else {}
+    for form in ('naive', 'auto'):
+        y = operator(*(rearrange(leaves[n], p) for n, p in patterns.items()), **more, impl=form)
+        y = rearrange(y, 'batch time heads d -> batch heads time d')
+        case.close(y, case['out.y'], f'{form}: out.y')
+        gradients = torch.autograd.grad(y, leaves.values(), case['in.grad_out'])
+        for name, gradient in zip(leaves, gradients, strict=True):
+            case.close(gradient, case[f'grad.{name}'], f'{form}: grad.{name}')
+
+
+class Silent(torch.nn.Module):
+    "In place of a part of a block: it adds nothing."
+    def forward(self, h, **_): return torch.zeros_like(h)
+
+
+class SilentMixer(Silent):
+    def forward(self, h, **_): return super().forward(h), None
+
+
+def _assert_layer(case, layer, moves, run):
+    "Output and gradients of a layer, whose tensors are time first there, agree."
+    params = case.part('param')
+    assert {m.theirs for m in moves} == set(params)
+    layer.load_state_dict(take(params, moves))
+    x = case['in.x'].requires_grad_()
+    y = run(x.transpose(0, 1)).transpose(0, 1)
+    case.close(y, case['out.y'], 'out.y')
+    (y * case['in.grad_out']).sum().backward()
+    case.close(x.grad, case['grad.x'], 'grad.x')
+    theirs = take({n: g for n, g in case.part('grad').items() if n != 'x'}, moves)
+    ours = {n: p.grad for n, p in layer.named_parameters()}
+    assert set(theirs) == set(ours)
+    for name, gradient in theirs.items(): case.close(ours[name], gradient, f'grad.{name}')
+
+
+def check_mixing_layer(case):
+    fields, kind = case.meta['ctor'], case.meta['cls']
+    d_model, n_heads = fields['in_dim'], fields['num_head']
+    mixer = {
+        'LinearAttentionlayer': lambda: LinearAttention(d_model, n_heads, normalise='none'),
+        'FastFFlayer': lambda: DeltaRule(d_model, n_heads),
+        'RecUpdateTanhFastFFlayer': lambda: RecurrentDelta(d_model, n_heads),
+        'Attentionlayer': lambda: Attention(d_model, n_heads, bias=False),
+        'SRWMlayer': lambda: SRWM(d_model, n_heads, 'softmax' if fields.get('use_input_softmax') else 'none'),
+    }[kind]()
+    block = (ResidualNormBlock if kind == 'SRWMlayer' else Block)(mixer, Silent(), d_model)
+    block.norm2 = torch.nn.Identity()
+    if not fields.get('use_ln', True): block.norm1 = torch.nn.Identity()
+    moves = fastweight.mixer_moves(case.part('param'), '', '', n_heads, kind == 'Attentionlayer')
+    _assert_layer(case, block, moves, lambda x: block(x)[0])
+
+
+def check_feedforward_layer(case):
+    d_model = case.meta['ctor']['res_dim']
+    block = Block(SilentMixer(), FeedForward(d_model, case.meta['ctor']['ff_dim']), d_model)
+    block.norm1 = torch.nn.Identity()
+    _assert_layer(case, block, fastweight.feedforward_moves('', ''), lambda x: block(x)[0])
+
+
+def check_elementwise_layer(case):
+    layer = ElementwiseLSTM(case.meta['ctor']['hidden_dim'], case.meta['ctor']['input_dim'])
+    layer.gate = torch.nn.Identity()  # part of the model there
+    moves = [move for theirs, ours in (('z', 'value'), ('f', 'forget')) for move in (
+        Move(f'wm_{theirs}', f'{ours}.weight'), Move(f'wv_{theirs}', f'w_{ours}', pattern='1 d -> d'),
+        Move(f'bias_{theirs}', f'{ours}.bias', pattern='1 d -> d'))]
+    _assert_layer(case, layer, moves, lambda x: layer.cells(x)[0])
+
+
+def check_fastweight_model(case):
+    fields = case.meta['ctor']
+    options = {'model_type': case.meta['model_type'], 'dropout': fields['dropout'],
+               'n_head': fields.get('num_head', fields.get('nheads')),
+               'remove_pos_enc': not fields.get('use_pos_enc', False),
+               'no_embedding': fields.get('no_embedding', False)}
+    adapted = fastweight.adapt(case.part('param'), options)
+    model = build(adapted).train()
+    _assert_moves(case, adapted, model)
+    assert sum(p.numel() for p in model.parameters()) == case.meta['num_params']
+    tokens, targets = case['in.src'], case['in.tgt']
+    if tokens.is_floating_point(): tokens = _tokens(tokens)
+    asked = targets != fields['out_vocab_size'] - 1
+    case.meta['parameters_without_gradient'] = case.meta['params_without_grad']
+    batch = Batch(tokens, targets, asked, asked, asked.sum(1))
+    output = _assert_training(case, adapted, model, batch, TokenClassification())
+    case.close(output.final, case['out.logits'], 'out.logits')
+    adam = build_optimiser(model, Optim(name='adam', lr=1e-2, betas=(.9, .995), eps=1e-9, clip_norm=0.))
+    for step, wanted in enumerate(case['out.loss_steps']):
+        adam.zero_grad()
+        total, count = TokenClassification().loss(model(batch), batch)
+        case.close(total / count, wanted, f'loss of step {step}')
+        (total / count).backward()
+        adam.step()
+
+
+DYNAMIC = {  # stem: task, names of the parts of a raw instance, name of its answer
+    'ed': ('edit_distance', {'seq1': 'first', 'seq2': 'second'}, 'distance'),
+    'ed_cot': ('edit_distance', {'seq1': 'first', 'seq2': 'second'}, 'distance'),
+    'lis': ('longest_increasing_subsequence', {'seq': 'sequence'}, 'lis'),
+    'lcs': ('longest_common_subsequence', {'seq1': 'first', 'seq2': 'second'}, 'lcs'),
+    'knapsack': ('knapsack', {n: n for n in ('weights', 'values', 'capacity')}, 'value'),
+    'partial_sum': ('partial_sum', {n: n for n in ('numbers', 'target')}, 'label'),
+}
+
+
+def _dynamic_fields(case, columns=-1, **fields):
+    "Fields of a task: the words that its generator was called with, and what its loader was told."
+    words = case.meta['generator_args']
+    given = {k.removeprefix('--'): int(v) for k, v in zip(words[::2], words[1::2], strict=True)}
+    fields |= {k: v for k, v in given.items() if k not in ('train_size', 'test_size', 'file')}
+    return fields | {'num_range': case.meta['loader']['num_range'], 'max_len': columns + 1}
+
+
+def check_dynamic_lines(case, coding, prefix):
+    name = DYNAMIC[case.stem.removeprefix('timestep/task_')][0]
+    tokens, labels = case[f'in.{prefix}tokens'], case[f'out.{prefix}labels']
+    task = TASKS[name](**_dynamic_fields(case, tokens.shape[1], coding=coding))
+    text = '\n'.join(case.meta[f'{prefix}text_lines']) + '\n'
+    rows = read_lines('the case', task.symbols, lines=enumerate(text.encode().splitlines(), 1))
+    problem = task.read_problems(rows, 'the case')  # solves each line and compares all of it
+    written = task.lines(problem)[0]
+    assert to_text(np.where(written == EOS, 0, written), task.symbols, coding == 'chain').decode() == text
+    batch = task.encode(problem)
+    assert torch.equal(batch.inputs, tokens.long())
+    assert torch.equal(batch.targets, labels.long())
+    assert torch.equal(batch.loss_mask, labels > 0) and torch.equal(batch.score_mask, labels > 0)
+    assert torch.equal(batch.prompt_lengths - 1, case[f'out.{prefix}sep_pos'].long())
+    np.testing.assert_array_equal(task.label(problem), problem['answers'])
+
+
+def check_dynamic_task(case):
+    name, parts, answer = DYNAMIC[case.stem.removeprefix('timestep/task_')]
+    check_dynamic_lines(case, 'answer', '')
+    if 'chain_text_lines' in case.meta: check_dynamic_lines(case, 'chain', 'chain_')
+    raw = {ours: case[f'raw.{theirs}'].numpy() for theirs, ours in parts.items()}
+    problem = {k: v if v.ndim == 2 else v[:, None] for k, v in raw.items()}
+    right, task = case[f'ans.{answer}'].numpy(), TASKS[name](**_dynamic_fields(case))
+    np.testing.assert_array_equal(task.solve(problem), right)
+    np.testing.assert_array_equal(task.label(problem), right)
+    if 'ans.chain' in case.tensors:
+        np.testing.assert_array_equal(increasing_chain(problem['sequence']), case['ans.chain'])
+    if 'ans.last_row' in case.tensors:
+        first, second, rows = problem['first'], problem['second'], np.arange(len(right))
+        last = edit_table(first, second)[rows, (first >= 0).sum(1)]
+        last[np.arange(last.shape[1]) > (second >= 0).sum(1)[:, None]] = -1
+        np.testing.assert_array_equal(last, case['ans.last_row'])
+        for impl in ('auto', 'numpy'):
+            np.testing.assert_array_equal(solve_edit_distance(first, second, 1, impl), right)
+    _assert_possible(task, problem, case)
+
+
+def _assert_possible(task, problem, case):
+    "What the library draws has the shape and the range of what the case has."
+    length = case.meta['generator_args'][case.meta['generator_args'].index('--length') + 1]
+    drawn = task.draw(np.random.default_rng(0), 4096, length=int(length))
+    for name in task.parts:
+        assert drawn[name].shape[1] == problem[name].shape[1]
+        for size in (lambda a: (a >= 0).sum(1), lambda a: a):
+            low, high = size(drawn[name]).min(), size(drawn[name]).max()
+            assert low <= size(problem[name]).min() and size(problem[name]).max() <= high
+
+
 BUILT = {
     **dict.fromkeys(_stems('chunked', '''
         transformer_prenorm_causal transformer_prenorm_full transformer_postnorm_causal
@@ -737,6 +1429,7 @@ BUILT = {
     '''), check_fastweight_model),
     'linear_fwp/dataset': check_paired_files,
     'linear_fwp/eval': check_bin_metric,
+    **{f'timestep/task_{name}': check_dynamic_task for name in DYNAMIC},
 }
 
 
