@@ -27,10 +27,13 @@ from ..models import fast_weights, recurrent, transformer  # noqa: F401  registe
 from ..models.base import MODELS, SequenceModel
 from ..tasks import counting as counting_tasks  # noqa: F401  registers tasks
 from looped_nbs.tasks import (  # noqa: F401  register tasks
+    arithmetic,
     counting_modular,
     counting_raspl,
     counting_selective,
     counting_shifted,
+    cyk,
+    edit_distance,
     language_automata,
     language_brackets,
     language_counters,
@@ -38,6 +41,8 @@ from looped_nbs.tasks import (  # noqa: F401  register tasks
     language_repeats,
     regression,
     regular,
+    subsequences,
+    sums,
 )
 from ..tasks.task import TASKS, Task
 from ..training.callbacks import Checkpoints, MetricLog, Progress, WandbLog, import_wandb, restore

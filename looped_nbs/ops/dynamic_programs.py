@@ -248,11 +248,13 @@ def edit_pairs(
 def _attempt(keys, attempt, edits, length, using):
     "One attempt at pairs: the first strings, the second ones with room for every insertion, their lengths."
     rows = np.arange(len(keys))
-    kinds, letters = below(keys, attempt, 0, using) + 3, np.tile(np.arange(26, dtype=np.int16), (len(keys), 1))
+    kinds = below(keys, attempt, 0, using) + 3
+    letters = np.tile(np.arange(26, dtype=np.int16), (len(keys), 1))
     for i in range(using + 2):
         other = np.where(i < kinds, i + below(keys, attempt, 1 + i, 26 - i), i)
         letters[rows, i], letters[rows, other] = letters[rows, other], letters[rows, i]
-    def word(start, n): return np.take_along_axis(letters, below(keys, attempt, start + np.arange(n), kinds), 1)
+    def word(start, n):
+        return np.take_along_axis(letters, below(keys, attempt, start + np.arange(n), kinds), 1)
     one, two = word(32, length), np.full((len(keys), 2 * length + 2), -1, dtype=np.int16)
     two[:, :length] = one
     fresh = below(keys, attempt, 27, 5) < 2

@@ -75,7 +75,7 @@ class DynamicTask(Task):
     level, codings = 'algorithmic', ('answer',)
     marks: tuple[str, ...] = () # symbols behind <pad>, <sep> and <eos>
     letters: tuple[str, ...] = () # symbols behind the marks; numbers follow
-    parts: dict[str, str] = {} # of a problem: name to `letter` or `number`
+    parts: dict[str, str] = {} # of a problem: name to letter, number, or symbol for marks and numbers
     between = '|' # stands between parts; empty where there is one part
     separator = '<sep>' # stands before chain and answer
     smallest = 1 # problem size
@@ -284,6 +284,8 @@ def _joined(problems):
 def draw(self: DynamicTask, rng, n, *, length, side=''):
     "Draw problems of one size, on one side or on any."
     length, found, missing = at_least('task.length', range_of(rng, length), self.smallest), [], n
+    if length > self.max_length:
+        raise FieldError('task.length', length, f'at most {self.max_length}, or a larger task.test_length')
     for _ in range(200):
         share = len(SIDES[side]) / 8 if side else 1.
         problem = self.propose(rng, int(missing / share * 1.02) + 8 if side else missing, length)
@@ -388,7 +390,7 @@ def parse(self: DynamicTask,
 @patch
 def _part(self: DynamicTask, rows, inside, name, path):
     "One part of lines as numbers, checked to be of its kind."
-    first = self.first_letter if self.parts[name] == 'letter' else self.first_number
+    first = self.first_number if self.parts[name] == 'number' else self.first_letter
     last = self.first_number if self.parts[name] == 'letter' else len(self.symbols)
     for number, place in np.argwhere(inside & ((rows < first) | (rows >= last)))[:1]:
         word = self.symbols[rows[number, place]]
