@@ -1,4 +1,4 @@
-"Data sets of the dynamic-programming tasks on disk: layout, sides, broken files, kills, machines without a compiler."
+"Data sets of the dynamic-programming tasks on disk: layout, sides, broken files, kills, no compiler."
 import json
 import os
 import signal
@@ -12,7 +12,7 @@ from conftest import call, run, start, tree
 from looped_nbs.experiments.run import TASKS
 from looped_nbs.tasks.dynamic import DynamicTask
 
-NAMES = sorted(name for name, task in TASKS.items() if isinstance(task, type) and issubclass(task, DynamicTask))
+NAMES = sorted(n for n, task in TASKS.items() if isinstance(task, type) and issubclass(task, DynamicTask))
 SMALL = {'equation': '3', 'arithmetic': '4', 'cyk': '6'}  # lengths; 7 for the others
 TINY = ('--train.steps', '3', '--train.batch-size', '4', '--evaluate.examples', '8', '--model.d-model', '8',
         '--run.progress', 'false')
@@ -28,8 +28,8 @@ def problems(file): return [line.partition(' <sep> ')[0] for line in lines(file)
 
 
 def test_which_tasks_there_are():
-    assert NAMES == ['arithmetic', 'cyk', 'edit_distance', 'equation', 'knapsack', 'longest_common_subsequence',
-                     'longest_increasing_subsequence', 'partial_sum']
+    assert NAMES == ['arithmetic', 'cyk', 'edit_distance', 'equation', 'knapsack',
+                     'longest_common_subsequence', 'longest_increasing_subsequence', 'partial_sum']
 
 
 @pytest.mark.parametrize('coding', ['answer', 'chain'])

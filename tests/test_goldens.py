@@ -749,7 +749,10 @@ def check_dynamic_task(case):
             np.testing.assert_array_equal(solve_edit_distance(first, second, 1, impl), right)
     rows = task.lines(problem | {'answers': right})[0]
     again = task.read_problems(np.where(rows == EOS, 0, rows), 'the case')
-    for part in task.parts: np.testing.assert_array_equal(again[part], problem[part][:, :again[part].shape[1]])
+    for part in task.parts:
+        kept = problem[part][:, :again[part].shape[1]]
+        np.testing.assert_array_equal(again[part], kept)
+        assert (problem[part] >= 0).sum() == (kept >= 0).sum()
     length = int(_dynamic_fields(case)['length'])
     drawn = task.draw(np.random.default_rng(0), 4096, length=length)
     assert all(drawn[part].shape[1] == problem[part].shape[1] for part in task.parts)

@@ -108,7 +108,7 @@ def increasing_chain(
 ) -> np.ndarray: # (n, length), 0 behind the end
     "At every place the length of the longest increasing subsequence that ends there."
     x, best = np.ascontiguousarray(sequence.T), np.ones(sequence.shape[::-1], dtype=np.int16)
-    for l in range(1, len(x)): best[l] += np.where(x[:l] < x[l], best[:l], 0).max(0)
+    for at in range(1, len(x)): best[at] += np.where(x[:at] < x[at], best[:at], 0).max(0)
     best[x < 0] = 0
     return best.T
 
@@ -190,7 +190,7 @@ def cyk(
     binary: np.ndarray, # rules A -> B C (n, rules, 3)
     lexical: np.ndarray, # rules A -> a (n, rules, 2)
     strings: np.ndarray, # letters (n, length), -1 behind the end
-    nonterminals: int, # how many; the first one is the start
+    nonterminals: int, # how many, 32 at most; the first one is the start
     impl: str = 'auto', # auto, cpu or numpy
 ) -> np.ndarray: # 0 or 1 (n,)
     "Say whether the start derives the string; it never derives the empty one."
@@ -214,7 +214,8 @@ def below(
 ) -> np.ndarray: # (n,) or (n, slots)
     "Draw whole numbers below m, each a hash of key, attempt and slot."
     slots = np.atleast_1d(np.asarray(slot, dtype=np.uint64))
-    z = keys[:, None] + np.uint64(attempt) * _ATTEMPT + slots * _SLOT
+    attempts = np.array([attempt], dtype=np.uint64)
+    z = keys[:, None] + attempts * _ATTEMPT + slots * _SLOT
     z = (z ^ (z >> np.uint64(30))) * _MIX[0]
     z = (z ^ (z >> np.uint64(27))) * _MIX[1]
     z ^= z >> np.uint64(31)

@@ -80,9 +80,9 @@ class CYK(DynamicTask):
     parts, smallest = {'grammar': 'letter', 'letters': 'letter'}, 2
 
     def __init__(self, *,
-        n_nonterminals: int = 4, # symbols that rules rewrite
-        n_terminals: int = 3, # kinds of letters
-        n_rules: int = 8, # rules A -> B C
+        n_nonterminals: int = 5, # symbols that rules rewrite
+        n_terminals: int = 4, # kinds of letters
+        n_rules: int = 7, # rules A -> B C
         n_lexical: int = 6, # rules A -> a
         **fields: object, # of every dynamic-programming task
     ):

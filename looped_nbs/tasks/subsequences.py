@@ -22,8 +22,8 @@ def define_increasing_chain(
 ) -> list[int]: # at every place the longest that ends there
     "Lengths of the longest strictly increasing subsequences."
     c = []
-    for l, x in enumerate(sequence):
-        c.append(1 + max((c[i] for i in range(l) if sequence[i] < x), default=0))
+    for x in sequence:
+        c.append(1 + max((before for y, before in zip(sequence, c, strict=False) if y < x), default=0))
     return c
 
 def define_common_subsequence(

@@ -203,9 +203,10 @@ def data_verb(
     task = build(experiment)[0]
     if task.features:
         raise FieldError('task', experiment.task.name, 'a task of tokens: real numbers have no line format')
-    forms = ('text', 'arrow') if isinstance(task, DynamicTask) else ('text',)
-    write = _write_lines if isinstance(task, DynamicTask) else _write_data
-    return write(task, Path(out), count, coerce('seed', seed or 0, int), one_of('format', form or 'text', forms))
+    symbols = isinstance(task, DynamicTask)
+    one_of('format', form or 'text', ('text', 'arrow') if symbols else ('text',))
+    write = _write_lines if symbols else _write_data
+    return write(task, Path(out), count, coerce('seed', seed or 0, int), form or 'text')
 
 # %% ../../nbs/09_tools/03_cli.ipynb #25d29ab5
 def _write_data(task, folder, count, seed, form):

@@ -1,5 +1,5 @@
-// Dynamic programs over batches of small problems. Where all problems of a batch have tables of one shape, each lane of a
-// vector is a problem of its own; the others are words of bits. Rows end at the first -1.
+// Dynamic programs over batches of small problems. Where all problems of a batch have tables of one shape, each lane of
+// a vector is a problem of its own; the others are words of bits. Rows end at the first -1.
 #include <algorithm>
 #include <vector>
 
@@ -83,7 +83,8 @@ struct Draws {
 };
 
 // One attempt at a pair; false if it has to be drawn again. `second` has room for 2 L letters.
-bool attempt_pair(const Draws& draw, Word attempt, int edits, int L, int used, int16_t* first, int16_t* second, int& n) {
+bool attempt_pair(const Draws& draw, Word attempt, int edits, int L, int used, int16_t* first, int16_t* second,
+                  int& n) {
   const auto below = [&](int slot, int m) { return draw(attempt, slot, m); };
   int16_t letters[26];
   for (int i = 0; i < 26; i++) letters[i] = int16_t(i);
@@ -114,6 +115,42 @@ bool attempt_pair(const Draws& draw, Word attempt, int edits, int L, int used, i
     }
   }
   return n >= L - 3 && n < L + 3 && !(n == L && std::equal(first, first + L, second));
+}
+
+// Bit m of begins[i][A]: A derives letters i to m - 1; of ends[e][A]: A derives letters m to e - 1. A cell is an `and`
+// for each rule, and what it holds is a set of nonterminals, 32 at most. `Words` is 1 where one word will do.
+template <int Words>
+int derives(const int16_t* binary, const int16_t* lexical, const int16_t* string, int rules, int words_of_one,
+            int nonterminals, int many, std::vector<Word>& begins, std::vector<Word>& ends) {
+  const int size = Words ? Words : many / 64 + 1;
+  const size_t each = size_t(nonterminals) * size;
+  begins.assign((many + 1) * each, 0);
+  ends.assign((many + 1) * each, 0);
+  const auto mark = [&](uint32_t set, int i, int e) {
+    Word *one = &begins[i * each + e / 64], *two = &ends[e * each + i / 64];
+    for (int A = 0; A < nonterminals; A++, one += size, two += size, set >>= 1) {
+      *one |= Word(set & 1) << (e % 64);
+      *two |= Word(set & 1) << (i % 64);
+    }
+  };
+  for (int e = 1; e <= many; e++) {
+    uint32_t set = 0;
+    for (int q = 0; q < words_of_one; q++) set |= uint32_t(lexical[2 * q + 1] == string[e - 1]) << lexical[2 * q];
+    mark(set, e - 1, e);
+    for (int i = e - 2; i >= 0; i--) {
+      set = 0;
+      for (int r = 0; r < rules; r++) {
+        const Word* one = &begins[i * each + binary[3 * r + 1] * size];
+        const Word* two = &ends[e * each + binary[3 * r + 2] * size];
+        Word split = 0;
+        if (Words == 1) split = *one & *two;
+        else for (int w = i / 64; w <= e / 64; w++) split |= one[w] & two[w];
+        set |= uint32_t(split != 0) << binary[3 * r];
+      }
+      mark(set, i, e);
+    }
+  }
+  return many > 0 && (begins[many / 64] >> (many % 64) & 1);
 }
 
 }  // namespace
@@ -192,34 +229,13 @@ NBS_EXPORT void subset_sum(const int16_t* numbers, const int16_t* target, int64_
   }
 }
 
-// Bit m of begins[A][i]: A derives letters i to m - 1; of ends[A][e]: A derives letters m to e - 1. A cell is an `and`.
 NBS_EXPORT void cyk(const int16_t* binary, const int16_t* lexical, const int16_t* strings, int64_t n, int rules,
                     int words_of_one, int nonterminals, int width, int16_t* out) {
-  const int size = width / 64 + 1;
   std::vector<Word> begins, ends;
   for (int64_t row = 0; row < n; row++, binary += 3 * rules, lexical += 2 * words_of_one, strings += width) {
     const int many = length(strings, width);
-    const auto at = [&](std::vector<Word>& sets, int A, int place) {
-      return &sets[(size_t(A) * (width + 1) + place) * size];
-    };
-    begins.assign(size_t(nonterminals) * (width + 1) * size, 0);
-    ends.assign(begins.size(), 0);
-    const auto mark = [&](int A, int i, int e) {
-      at(begins, A, i)[e / 64] |= Word(1) << (e % 64);
-      at(ends, A, e)[i / 64] |= Word(1) << (i % 64);
-    };
-    for (int e = 1; e <= many; e++) {
-      for (int q = 0; q < words_of_one; q++)
-        if (lexical[2 * q + 1] == strings[e - 1]) mark(lexical[2 * q], e - 1, e);
-      for (int i = e - 2; i >= 0; i--)
-        for (int r = 0; r < rules; r++) {
-          const Word *one = at(begins, binary[3 * r + 1], i), *two = at(ends, binary[3 * r + 2], e);
-          Word split = 0;
-          for (int w = i / 64; w <= e / 64; w++) split |= one[w] & two[w];
-          if (split) mark(binary[3 * r], i, e);
-        }
-    }
-    out[row] = many > 0 && (at(begins, 0, 0)[many / 64] >> (many % 64) & 1);
+    const auto solve = many < 64 ? derives<1> : derives<0>;
+    out[row] = int16_t(solve(binary, lexical, strings, rules, words_of_one, nonterminals, many, begins, ends));
   }
 }
 
