@@ -97,14 +97,14 @@ class DynamicTask(Task):
         ordered(test_size=test_size)
         at_least('train_size', train_size, 0)
         self.max_length, self.num_range = high, at_least('num_range', num_range or self.numbers(high), 1)
+        if self.num_range > 2 ** 15 - 100: raise FieldError('length', high, 'smaller: symbols end at 32767')
         self.symbols = self.answers = self.vocabulary()
         self.index = {word: i for i, word in enumerate(self.symbols)}
         super().__init__(coding=coding)
         self.objective = NextSymbols(self.index[self.separator])
         longest = self.longest(high)
+        if longest >= 2 ** 15: raise FieldError('length', high, 'smaller: a line ends at 32767 symbols')
         self.max_len = at_least('max_len', max_len or longest, 0 if data_dir else longest)
-        if self.max_len >= 2 ** 15 or len(self.symbols) >= 2 ** 15:
-            raise FieldError('length', high, 'smaller: numbers and lines end at 32767')
         self.padded = bool(max_len)
         window = low if low == length else (low, length)
         self.make_splits(window, length if high == length else (length, high), train_size, test_size)
