@@ -35,6 +35,8 @@ from looped_nbs.layers.fast_weights import SRWM, DeltaRule, ElementwiseLSTM, Lin
 from looped_nbs.layers.modulation import timestep_waves
 from looped_nbs.layers.positions import build_positions
 from looped_nbs.ops.delta import DELTA
+from looped_nbs.ops.dynamic_programs import edit_distance as solve_edit_distance
+from looped_nbs.ops.dynamic_programs import edit_table, increasing_chain
 from looped_nbs.ops.linear_attention import LINEAR_ATTENTION
 from looped_nbs.ops.operator import call, here
 from looped_nbs.ops.recurrent_delta import recurrent_delta
@@ -42,21 +44,26 @@ from looped_nbs.ops.srwm import srwm
 from looped_nbs.tasks import (  # noqa: F401, register the tasks
     counting_modular,
     counting_shifted,
+    edit_distance,
     language_automata,
     language_brackets,
     language_counters,
     language_nested,
     language_repeats,
     regular,
+    subsequences,
+    sums,
 )
 from looped_nbs.tasks.codings import CODINGS
 from looped_nbs.tasks.counting import label_counting
 from looped_nbs.tasks.counting_auxiliary import label_addbigram, label_addtable, label_fillers
 from looped_nbs.tasks.counting_raspl import label_raspl
 from looped_nbs.tasks.counting_selective import label_selective
+from looped_nbs.tasks.dynamic import EOS
 from looped_nbs.tasks.files import to_examples, to_problem
 from looped_nbs.tasks.objectives import Regression, TokenClassification, add_tallies, means
 from looped_nbs.tasks.paired_files import read_pair, read_splits, write_pair
+from looped_nbs.tasks.symbol_lines import read_lines, to_text
 from looped_nbs.tasks.task import TASKS
 from looped_nbs.training.optim import build_optimiser, learning_rate, set_rate
 
@@ -136,9 +143,6 @@ COUNTING_FILES = [
 NOT_BUILT = {
     'part 2': [
     ],
-    'part 4': _stems('timestep', '''
-        task_ed task_ed_cot task_knapsack task_lcs task_lis task_partial_sum
-    '''),
     'part 5': _stems('icl', '''
         ab baselines_dtree baselines_linear baselines_relu2nn baselines_sparse cls_looped cls_transformer
         curriculum dilated_intended dilated_upstream ego_feed ego_lastn ego_lastn_pos ego_skip lastn_add
@@ -783,6 +787,70 @@ def check_translation(case):
     case.close(total / count, case['out.nll_per_word'], 'out.nll_per_word')
 
 
+DYNAMIC = {  # stem: task, names of the parts of a raw instance, name of its answer
+    'ed': ('edit_distance', {'seq1': 'first', 'seq2': 'second'}, 'distance'),
+    'ed_cot': ('edit_distance', {'seq1': 'first', 'seq2': 'second'}, 'distance'),
+    'lis': ('longest_increasing_subsequence', {'seq': 'sequence'}, 'lis'),
+    'lcs': ('longest_common_subsequence', {'seq1': 'first', 'seq2': 'second'}, 'lcs'),
+    'knapsack': ('knapsack', {n: n for n in ('weights', 'values', 'capacity')}, 'value'),
+    'partial_sum': ('partial_sum', {n: n for n in ('numbers', 'target')}, 'label'),
+}
+
+
+def _dynamic_fields(case, columns=-1, **fields):
+    "Fields of a task: the words that its generator was called with, and what its loader was told."
+    words = case.meta['generator_args']
+    given = {k.removeprefix('--'): int(v) for k, v in zip(words[::2], words[1::2], strict=True)}
+    fields |= {k: v for k, v in given.items() if k not in ('train_size', 'test_size', 'file')}
+    return fields | {'num_range': case.meta['loader']['num_range'], 'max_len': columns + 1}
+
+
+def check_dynamic_lines(case, coding, prefix):
+    name = DYNAMIC[case.stem.removeprefix('timestep/task_')][0]
+    tokens, labels = case[f'in.{prefix}tokens'], case[f'out.{prefix}labels']
+    task = TASKS[name](**_dynamic_fields(case, tokens.shape[1], coding=coding))
+    text = '\n'.join(case.meta[f'{prefix}text_lines']) + '\n'
+    rows = read_lines('the case', task.symbols, lines=enumerate(text.encode().splitlines(), 1))
+    problem = task.read_problems(rows, 'the case')  # solves each line and compares all of it
+    written = task.lines(problem)[0]
+    assert to_text(np.where(written == EOS, 0, written), task.symbols, coding == 'chain').decode() == text
+    batch = task.encode(problem)
+    assert torch.equal(batch.inputs, tokens.long())
+    assert torch.equal(batch.targets, labels.long())
+    assert torch.equal(batch.loss_mask, labels > 0) and torch.equal(batch.score_mask, labels > 0)
+    assert torch.equal(batch.prompt_lengths - 1, case[f'out.{prefix}sep_pos'].long())
+    np.testing.assert_array_equal(task.label(problem), problem['answers'])
+
+
+def check_dynamic_task(case):
+    name, parts, answer = DYNAMIC[case.stem.removeprefix('timestep/task_')]
+    check_dynamic_lines(case, 'answer', '')
+    if 'chain_text_lines' in case.meta: check_dynamic_lines(case, 'chain', 'chain_')
+    raw = {ours: case[f'raw.{theirs}'].numpy() for theirs, ours in parts.items()}
+    problem = {k: v if v.ndim == 2 else v[:, None] for k, v in raw.items()}
+    right, task = case[f'ans.{answer}'].numpy(), TASKS[name](**_dynamic_fields(case))
+    np.testing.assert_array_equal(task.solve(problem), right)
+    np.testing.assert_array_equal(task.label(problem), right)
+    if 'ans.chain' in case.tensors:
+        np.testing.assert_array_equal(increasing_chain(problem['sequence']), case['ans.chain'])
+    if 'ans.last_row' in case.tensors:
+        first, second, rows = problem['first'], problem['second'], np.arange(len(right))
+        last = edit_table(first, second)[rows, (first >= 0).sum(1)]
+        last[np.arange(last.shape[1]) > (second >= 0).sum(1)[:, None]] = -1
+        np.testing.assert_array_equal(last, case['ans.last_row'])
+        for impl in ('auto', 'numpy'):
+            np.testing.assert_array_equal(solve_edit_distance(first, second, 1, impl), right)
+    rows = task.lines(problem | {'answers': right})[0]
+    again = task.read_problems(np.where(rows == EOS, 0, rows), 'the case')
+    for part in task.parts:
+        kept = problem[part][:, :again[part].shape[1]]
+        np.testing.assert_array_equal(again[part], kept)
+        assert (problem[part] >= 0).sum() == (kept >= 0).sum()
+    length = int(_dynamic_fields(case)['length'])
+    drawn = task.draw(np.random.default_rng(0), 4096, length=length)
+    assert all(drawn[part].shape[1] == problem[part].shape[1] for part in task.parts)
+
+
 BUILT = {
     'timestep/timestep_embedding': check_timestep_embedding,
     'timestep/alibi': check_alibi,
@@ -841,6 +909,7 @@ BUILT = {
     'linear_fwp/dataset': check_paired_files,
     'linear_fwp/eval': check_bin_metric,
     **dict.fromkeys(_stems('timestep', 's2s_base s2s_looped s2s_time'), check_translation),
+    **{f'timestep/task_{name}': check_dynamic_task for name in DYNAMIC},
 }
 
 

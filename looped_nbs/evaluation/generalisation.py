@@ -93,7 +93,7 @@ def generalisation(
     "Measure a model at every value of the task's axis, from the smallest in training to the largest tested."
     model.eval()
     (low, trained), (_, high) = task.axis_range('train'), task.axis_range('test')
-    reached = task.encoder.time(task.length(trained))
+    reached = task.reached()
     values = sorted({*range(low, high + 1, evaluate.every * task.axis_step), trained, high})
     def batches(value):
         for step, batch in _at(task, value, value > trained, evaluate, seed):

@@ -29,10 +29,13 @@ from ..models import encoder_decoder, fast_weights, recurrent, transformer  # no
 from ..models.base import MODELS, SequenceModel
 from ..tasks import counting as counting_tasks  # noqa: F401  registers tasks
 from looped_nbs.tasks import (  # noqa: F401  register tasks
+    arithmetic,
     counting_modular,
     counting_raspl,
     counting_selective,
     counting_shifted,
+    cyk,
+    edit_distance,
     language_automata,
     language_brackets,
     language_counters,
@@ -41,6 +44,8 @@ from looped_nbs.tasks import (  # noqa: F401  register tasks
     language_repeats,
     regression,
     regular,
+    subsequences,
+    sums,
     translation,
 )
 from ..tasks.task import TASKS, Task

@@ -215,6 +215,11 @@ def max_time(self: Task) -> int: # positions
     return max(self.encoder.time(self.length(self.axis_range(s)[1])) for s in self.splits)
 
 @patch
+def reached(self: Task) -> int: # positions
+    "The positions that training reached: beyond training only later ones are scored."
+    return self.encoder.time(self.length(self.axis_range('train')[1]))
+
+@patch
 def max_positions(self: Task) -> int: # positions
     "The most positions that any coded input consumes; a task whose helpers consume none says fewer."
     return self.max_time()

@@ -29,6 +29,7 @@ from ..ops.operator import Operator, call, choose
 from ..ops.recurrent_delta import RECURRENT_DELTA
 from ..ops.srwm import SRWM
 from ..tasks.counting_lines import families
+from ..tasks.dynamic import DynamicTask
 from ..training.callbacks import MetricLog
 from ..training.loop import Trainer
 from ..training.runs import RunFolder
@@ -53,6 +54,9 @@ def load() -> float: # processes waiting, averaged over a minute
     return round(os.getloadavg()[0], 2) if hasattr(os, 'getloadavg') else float('nan')
 
 # %% ../../nbs/09_tools/01_bench.ipynb #2073e5bf
+_SIZES = {'edit_distance': {'length': 60, 'using': 24}, 'longest_common_subsequence': {'length': 60},
+          'longest_increasing_subsequence': {'length': 100, 'number_range': 250}, 'cyk': {'length': 40}}
+
 def bench_tasks(
     batch_size: int = 1024, # examples in a batch
     length: int = 40, # symbols, for the regular languages
@@ -60,9 +64,10 @@ def bench_tasks(
     "Time sampling and encoding of every family of token tasks beside its definition."
     rows = []
     for name in families():
-        task = TASKS[name]()
+        task = TASKS[name](**_SIZES.get(name, {}))
         if task.features: continue
-        fixed = {'length': length} if task.axis == 'length' else {}
+        solver = isinstance(task, DynamicTask)
+        fixed = {'length': length} if task.axis == 'length' and not solver else {}
         step = iter(range(10**9))
         draw = functools.partial(task.sample, 'train', 0, n=batch_size, **fixed)
         fast, median = stopwatch(lambda d=draw, s=step: d(next(s)))
@@ -70,8 +75,14 @@ def bench_tasks(
         slow, _ = stopwatch(lambda t=task, p=few: t.label(p), repeats=3)
         rate, slow_rate = batch_size / median, 32 / slow
         rows.append({'task': name, 'examples/s': int(rate), 'best': int(batch_size / fast),
+                     'labels/s': _labels(task, batch_size) if solver else '',
                      'definition/s': int(slow_rate), 'ratio': round(rate / slow_rate, 1), 'load': load()})
     return rows
+
+def _labels(task, batch_size):
+    "Problems that the solver of a task answers in a second."
+    problem = task.draw(numpy_stream(0, 'bench'), batch_size, **task.splits['train'].difficulty)
+    return int(batch_size / stopwatch(functools.partial(task.solve, problem))[1])
 
 # %% ../../nbs/09_tools/01_bench.ipynb #93b3fa6c
 def _leaves(operator, length, d):

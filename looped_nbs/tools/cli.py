@@ -220,21 +220,26 @@ def data_verb(
     "Write the splits of a task as files in the published line format."
     rest, wants_help = _without_help(argv)
     words, flags = read_flags(rest)
-    out, size, seed = (_take(flags, name) for name in ('out', 'size', 'seed'))
+    out, size, seed, form = (_take(flags, name) for name in ('out', 'size', 'seed', 'format'))
     if words and '/' not in words[0]:
         if 'task' in flags: raise FieldError('--task', ' '.join(flags['task']), f'absent beside {words[0]}')
         words, flags = words[1:], {'task': words[:1]} | flags
     rest = [*words, *(w for k, v in flags.items() for w in (f'--{k}', *v)), *['--help'] * wants_help]
-    experiment = read_experiment('data', rest, ('task',), 'PRESET|TASK --out FOLDER [--size N] [--seed N]')
+    usage = 'PRESET|TASK --out FOLDER [--size N] [--seed N] [--format text|arrow]'
+    experiment = read_experiment('data', rest, ('task',), usage)
     from looped_nbs.core.config import coerce
     from looped_nbs.experiments.run import TASKS, build
+    from looped_nbs.tasks.dynamic import DynamicTask
     if not out: raise FieldError('out', '', 'a folder to write to')
     if hasattr(TASKS[experiment.task.name], 'write'): return _write_whole(experiment, Path(out), size, seed)
     count = at_least('size', coerce('size', size or 10_000, int), 1)
     task = build(experiment)[0]
     if task.features:
         raise FieldError('task', experiment.task.name, 'a task of tokens: real numbers have no line format')
-    return _write_data(task, Path(out), count, coerce('seed', seed or 0, int))
+    symbols = isinstance(task, DynamicTask)
+    one_of('format', form or 'text', ('text', 'arrow') if symbols else ('text',))
+    write = _write_lines if symbols else _write_data
+    return write(task, Path(out), count, coerce('seed', seed or 0, int), form or 'text')
 
 # %% ../../nbs/09_tools/03_cli.ipynb #bed7a403
 def _write_whole(experiment, folder, size, seed):
@@ -248,18 +253,14 @@ def _write_whole(experiment, folder, size, seed):
     for line in task.write(folder): print(line)
     return 0
 
-def _write_data(task, folder, count, seed):
+def _write_data(task, folder, count, seed, form):
     "Write one file per split, each with a progress bar; existing files are refused."
     from tqdm.auto import tqdm
 
     from looped_nbs.tasks.files import to_examples, write_examples
     from looped_nbs.tasks.paired_files import write_pair
     files = {name: folder/task.files.get(name, f'{name}.txt') for name in task.splits}
-    for file in files.values():
-        if file.exists(): raise FieldError('out', str(folder), f'a folder without {file.name}')
-    try: folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise FieldError('out', str(folder), f'a folder that can be made ({e.strerror})') from None
+    _new_files(folder, files.values())
     def examples(name, size):
         for problem in _problems(task, name, seed, size):
             yield from to_examples(problem, task.symbols, task.answers)
@@ -270,6 +271,14 @@ def _write_data(task, folder, count, seed):
         print(f'{file}: {lines:,} lines')
     return 0
 
+def _new_files(folder, files):
+    "Make a folder for files that do not exist yet."
+    for file in files:
+        if file.exists(): raise FieldError('out', str(folder), f'a folder without {file.name}')
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise FieldError('out', str(folder), f'a folder that can be made ({e.strerror})') from None
+
 def _problems(task, split, seed, size):
     "The problems of a split, some at a time: enumerated ones in order, drawn ones from the stream."
     part = task.splits[split]
@@ -279,6 +288,45 @@ def _problems(task, split, seed, size):
         else: yield {k: v[start:start + n] for k, v in part.problems.items()}
 
 # %% ../../nbs/09_tools/03_cli.ipynb #9da6046a
+def _write_lines(task, folder, count, seed, form):
+    "Write training and test problems in the published layout, or as an Arrow data set."
+    from looped_nbs.tasks.dynamic import EOS
+    from looped_nbs.tasks.symbol_lines import FOLDERS, datasets_package, write_arrow, write_lines
+    folder, trailing = folder/FOLDERS[task.coding], task.coding == 'chain'
+    if form == 'arrow': datasets_package()
+    files = {name: folder/f'{name}_data.txt' for name in ('train', 'test')}
+    _new_files(*((folder.parent, [folder]) if form == 'arrow' else (folder, files.values())))
+    blocks = {name: _blocks(task, name, seed, count) for name in files}
+    if form == 'arrow':
+        for name, lines in write_arrow(folder, blocks, task.symbols, trailing).items():
+            print(f'{folder}: {lines:,} lines in {name}, in the other split {_shared(task, name)}')
+        return 0
+    for name, file in files.items():
+        rows = (r * (r != EOS) for r, _ in blocks[name])
+        lines = write_lines(file, rows, task.symbols, trailing)
+        print(f'{file}: {lines:,} lines, in the other file {_shared(task, name)}')
+    return 0
+
+def _shared(task, split):
+    "What a split shares with the other one, in words."
+    return task.splits[split].overlap or task.splits['test'].overlap
+
+def _blocks(task, split, seed, count):
+    "Lines of a split and where they are asked, some at a time, under a progress bar."
+    import numpy as np
+    from tqdm.auto import tqdm
+    part = task.splits[split]
+    size = part.size if part.problems is not None or split == 'test' else count
+    listed = part.problems is not None
+    problems = _problems(task, split, seed, size) if listed else task.different(split, size, seed)
+    with tqdm(total=size, desc=split, unit='line') as bar:
+        for problem in problems:
+            for first in range(0, len(problem['size']), 4096):
+                rows, start = task.lines({k: v[first:first + 4096] for k, v in problem.items()})
+                yield rows, np.arange(rows.shape[1]) > start[:, None]
+                bar.update(len(rows))
+
+# %% ../../nbs/09_tools/03_cli.ipynb #53b4e34b
 def call(
     function: Callable, # keyword-only arguments with types and docments
     verb: str, # for the help text
@@ -311,7 +359,7 @@ def _one_line(text):
     message = message.replace('Invalid choice invalid choice', 'invalid choice')
     return re.sub(r'\s+|-{4,}', ' ', message).split(' For full helptext')[0].strip()
 
-# %% ../../nbs/09_tools/03_cli.ipynb #53b4e34b
+# %% ../../nbs/09_tools/03_cli.ipynb #ab4b90cc
 _LISTED = ('all', 'models', 'mixers', 'positions', 'tasks', 'codings', 'presets', 'studies')
 
 def list_verb(*,
@@ -339,7 +387,7 @@ def _section(title, lines):
     width = max(map(len, lines))
     return '\n'.join([title, *(f'  {name:{width}}  {text}' for name, text in lines.items())])
 
-# %% ../../nbs/09_tools/03_cli.ipynb #ab4b90cc
+# %% ../../nbs/09_tools/03_cli.ipynb #f095541a
 def resume_verb(*,
     run: str, # run folder
     json: bool = False, # print JSON in place of a table
@@ -364,7 +412,7 @@ def plot_verb(*,
     figure.savefig(file, dpi=150)
     print(f'figure   {file}')
 
-# %% ../../nbs/09_tools/03_cli.ipynb #5d3249e8
+# %% ../../nbs/09_tools/03_cli.ipynb #b22b9a40
 def reproduce_verb(*,
     study: str, # see `looped list studies`
     scale: str = 'smoke', # smoke (seconds) or laptop (minutes), where the study has them
@@ -383,7 +431,7 @@ def reproduce_verb(*,
     else: print(f'\n{shown}\n\nnumbers  {folder}/results.json\nfigure   {folder}/results.png')
     return 0
 
-# %% ../../nbs/09_tools/03_cli.ipynb #f095541a
+# %% ../../nbs/09_tools/03_cli.ipynb #7ab7352f
 def bench_verb(*,
     what: Literal['ops', 'tasks', 'train', 'models'], # operators, sampling, a step beside its model, models
     json: bool = False, # print JSON in place of a table
@@ -399,7 +447,7 @@ def doctor_verb(*,
     from looped_nbs.tools.doctor import doctor, report
     print(dumps(doctor()) if json else report(doctor()))
 
-# %% ../../nbs/09_tools/03_cli.ipynb #7ab7352f
+# %% ../../nbs/09_tools/03_cli.ipynb #3fe06025
 VERBS = {'list': list_verb, 'train': train_verb, 'resume': resume_verb, 'evaluate': evaluate_verb,
          'plot': plot_verb, 'import': import_verb, 'data': data_verb, 'reproduce': reproduce_verb,
          'bench': bench_verb, 'doctor': doctor_verb}
@@ -422,7 +470,7 @@ def _run(argv):
     if 'argv' in inspect.signature(verb).parameters: return verb(words)
     return call(verb, name, words, _POSITIONAL)
 
-# %% ../../nbs/09_tools/03_cli.ipynb #5c1313be
+# %% ../../nbs/09_tools/03_cli.ipynb #896b7896
 def main(
     argv: Sequence[str] | None = None, # words after the program's name; None: those it was called with
 ) -> int: # exit code
@@ -448,7 +496,7 @@ def main(
     print(f'looped{process}: {" ".join(message.split())}', file=sys.stderr)
     return code
 
-# %% ../../nbs/09_tools/03_cli.ipynb #896b7896
+# %% ../../nbs/09_tools/03_cli.ipynb #895468d7
 def _end(code):
     "End this process."
     for stream in (sys.stdout, sys.stderr): stream.flush()
