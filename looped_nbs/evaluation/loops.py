@@ -71,7 +71,8 @@ def over_loops(
 
 def _score(tallies, task, logits, batch, change):
     "Add what the logits score, and how far the states moved."
-    add_tallies(tallies, {'change': (change.sum(), len(batch))} | task.objective.metrics(Output(logits), batch))
+    found = task.objective.metrics(Output(logits), batch)
+    add_tallies(tallies, {'change': (change.sum(), len(batch))} | found)
 
 # %% ../../nbs/06_evaluation/01a_loops.ipynb #abc5568c
 def plot_loops(

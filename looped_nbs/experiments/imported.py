@@ -17,7 +17,8 @@ from torch import Tensor
 from ..core.config import read_yaml
 from ..core.errors import FieldError, InputError, one_of
 from .run import TASKS, Run, build, configure, measure, save
-from ..interop import fastweight, icl
+from . import timestep_published  # noqa: F401  registers a mixer
+from ..interop import fastweight, icl, timestep
 from ..interop.adapt import Adapted
 from ..tasks.paired_files import read_splits
 from ..training.optim import build_optimiser
@@ -82,7 +83,9 @@ def _fastweight(weights, settings, task, data):
 
 def _icl(weights, settings, task, data): return icl.adapt(weights, settings)
 
-SOURCES: dict[str, Callable[..., Adapted]] = {'fastweight': _fastweight, 'icl': _icl}
+def _timestep(weights, settings, task, data): return timestep.adapt(weights, settings)
+
+SOURCES: dict[str, Callable[..., Adapted]] = {'fastweight': _fastweight, 'icl': _icl, 'timestep': _timestep}
 _FIELDS = {'fastweight': {'task.pad_class': True}}  # what a study always does
 
 # %% ../../nbs/08_experiments/05a_imported.ipynb #990a4352

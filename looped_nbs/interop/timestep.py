@@ -74,13 +74,15 @@ def _dynamic(params, config):
 
 def _looped(config, loops, timed, order, norm, final):
     "Fields of a looped model; a modulated one has norms without gain."
-    fields = {'n_loops': need(config, loops), 'norm_type': 'rms_plain' if timed else norm, 'final_norm': final}
+    norm = 'rms_plain' if timed else norm
+    fields = {'n_loops': need(config, loops), 'norm_type': norm, 'final_norm': final}
     return fields | ({'timestep': order} if timed else {})
 
 # %% ../../nbs/07_interop/05_timestep.ipynb #9313cd97
 def _language(params, config):
     moves, fields, looped = _blocks(params, 'transformer.', config)
-    (d_in, d_model), timed = params['transformer.wte.weight'].shape, 'timestep_embedder.mlp.0.weight' in params
+    d_in, d_model = params['transformer.wte.weight'].shape
+    timed = 'timestep_embedder.mlp.0.weight' in params
     final = any('attn.q.' in n for n in params)
     if timed: moves += [Move(f'adaLN_modulation.1.{k}', f'loop.body.layers.0.modulation.head.{k}')
                         for k in ('weight', 'bias')]

@@ -6,6 +6,8 @@
 __all__ = ['ENTRANCES', 'score_scale', 'Transformer', 'LoopedTransformer', 'UniversalTransformer', 'AdaptiveTransformer']
 
 # %% ../../nbs/03_models/01_transformer.ipynb #9592b08d
+from types import SimpleNamespace
+
 import torch
 from torch import nn
 
@@ -50,15 +52,31 @@ def _mixers(name, d_model, positions, scales, causal, window, **wanted):
             raise FieldError('window', window, f'none for the mixer {name}')
         yield mix
 
-def _body(mixers, feedforward, d_model, norm, dropout, norm_type, timestep, *exit):
+def _assemble(fields):
+    "What adds positions, if the body does not, and the body, from the fields of a transformer."
+    f = SimpleNamespace(**{name: value for name, value in fields.items() if name != '__class__'})
+    sizes = {'d_model': f.d_model, 'n_layers': f.n_layers, 'n_heads': f.n_heads}
+    _check_sizes(f.dropout, f.max_len, **sizes, init_depth=f.init_depth or 1)
+    last = f.final_norm or (f.norm_type if f.norm == 'pre' else 'none')
+    for name, value in (('norm_type', f.norm_type), ('final_norm', last)): one_of(name, value, NORMS)
+    scheme = build_positions(f.positions, f.d_model, f.n_heads, f.max_len, f.ids)
+    divisors = [i * f.scale_by_depth + 1 for i in range(f.n_layers)]
+    scales = [score_scale(f.d_model / f.n_heads, f.scale_by_width, divisor) for divisor in divisors]
+    mixers = _mixers(f.mixer, f.d_model, scheme, scales, n_heads=f.n_heads, causal=f.causal,
+                     window=f.window, bias=f.attention_bias)
+    first, inner = _entrance(f.entrance, scheme, f.d_model, f.dropout)
+    return first, _body(f, mixers, inner, NORMS[last](f.d_model), f.dropout)
+
+def _body(f, mixers, *more):
     "Blocks around the mixers, plain or modulated by the round."
-    if timestep == 'none':
-        blocks = [Block(m, feedforward(), d_model, norm, dropout, norm_type) for m in mixers]
-        return Stack(blocks, *exit)
-    if norm != 'pre': raise FieldError('timestep', timestep, f'none when norm = {norm}')
-    order = CHUNK_ORDERS[one_of('timestep', timestep, ['none', *CHUNK_ORDERS])]
-    blocks = [ModulatedBlock(m, feedforward(), d_model, dropout, norm_type, order) for m in mixers]
-    return ModulatedStack(blocks, TimestepEmbedding(d_model), *exit)
+    inner = 4 * f.d_model if f.d_ff is None else f.d_ff
+    parts = ((m, FeedForward(f.d_model, inner, f.activation, f.dropout, f.ff_bias)) for m in mixers)
+    if f.timestep == 'none':
+        return Stack([Block(*p, f.d_model, f.norm, f.dropout, f.norm_type) for p in parts], *more)
+    if f.norm != 'pre': raise FieldError('timestep', f.timestep, f'none when norm = {f.norm}')
+    order = CHUNK_ORDERS[one_of('timestep', f.timestep, ['none', *CHUNK_ORDERS])]
+    blocks = [ModulatedBlock(*p, f.d_model, f.dropout, f.norm_type, order) for p in parts]
+    return ModulatedStack(blocks, TimestepEmbedding(f.d_model), *more)
 
 def _entrance(kind, scheme, d_model, dropout):
     "What adds positions once, and the scheme that is left for the body."
@@ -104,19 +122,7 @@ class Transformer(SequenceModel):
         init: str = 'gpt2', # initial weights: gpt2, torch, default, clones or haiku
         init_depth: int | None = None, # layers that gpt2 scales residual maps for; none: n_layers
     ):
-        sizes = {'d_model': d_model, 'n_layers': n_layers, 'n_heads': n_heads}
-        _check_sizes(dropout, max_len, **sizes, init_depth=init_depth or 1)
-        scheme = build_positions(positions, d_model, n_heads, max_len, ids)
-        d_ff, d_head = 4 * d_model if d_ff is None else d_ff, d_model / n_heads
-        scales = [score_scale(d_head, scale_by_width, i * scale_by_depth + 1) for i in range(n_layers)]
-        mixers = _mixers(mixer, d_model, scheme, scales, n_heads=n_heads, causal=causal, window=window,
-                         bias=attention_bias)
-        feedforward = lambda: FeedForward(d_model, d_ff, activation, dropout, ff_bias)
-        last = final_norm or (norm_type if norm == 'pre' else 'none')
-        one_of('norm_type', norm_type, NORMS), one_of('final_norm', last, NORMS)
-        first, inner = _entrance(entrance, scheme, d_model, dropout)
-        body = _body(mixers, feedforward, d_model, norm, dropout, norm_type, timestep,
-                     inner, NORMS[last](d_model), dropout)
+        first, body = _assemble(locals())
         super().__init__(d_in, d_out, features, d_model, Loop(body), head_bias, tied, null_row, scale_input,
                          scale_tied, first)
         self.sees_itself = sees_itself
