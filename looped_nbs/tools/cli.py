@@ -181,6 +181,8 @@ def evaluate_verb(
     run = evaluate(words[0], check_flags(flags, experiment, sections), **controls)
     if as_json is not None: print(dumps(run.summary))
     else: print(f'{run.table()}\n\nnumbers  {run.path}/{run.name}.json')
+    used = run.summary.get('loops_used')
+    if as_json is None and used is not None: print(f'loops    {used:.1f} used on average')
     return 0
 
 # %% ../../nbs/09_tools/03_cli.ipynb #a00f4df6
