@@ -197,8 +197,8 @@ _STUDY = {'encoder_transformer': _BLOCKS, 'softmax_transformer': _BLOCKS, 'linea
           'deltanet': _BLOCKS, 'recurrent_deltanet': _BLOCKS, 'srwm': _BLOCKS,
           'elementwise_lstm': {'d_model': 64, 'd_embed': 128}, 'lstm': {'d_model': 64, 'd_embed': 128}}
 
-_LOOPED = {'d_model': 64, 'n_loops': 20, 'norm_type': 'rms', 'activation': 'silu', 'final_norm': 'layer', 'init': 'gpt2',
-           'positions': 'sinusoidal', 'entrance': 'normed'}
+_LOOPED = {'d_model': 64, 'n_loops': 20, 'norm_type': 'rms', 'activation': 'silu', 'final_norm': 'layer',
+           'init': 'gpt2', 'positions': 'sinusoidal', 'entrance': 'normed'}
 _TIMED = {**_LOOPED, 'norm_type': 'rms_plain', 'timestep': 'scales_first'}
 
 def _explicit(mixer):
@@ -225,9 +225,9 @@ def _in_turns(steps, beside, rounds):
         step()
         times[name].append(time.perf_counter() - start)
     first = min(times[next(iter(steps))])
-    return [{'model': name, 'step ms': round(statistics.median(t) * 1e3, 2), 'best ms': round(min(t) * 1e3, 2),
-             'beside': beside, 'times faster': round(first / min(t), 2), 'threads': torch.get_num_threads(),
-             'load': load()} for name, t in times.items()]
+    return [{'model': name, 'step ms': round(statistics.median(t) * 1e3, 2),
+             'best ms': round(min(t) * 1e3, 2), 'beside': beside, 'times faster': round(first / min(t), 2),
+             'threads': torch.get_num_threads(), 'load': load()} for name, t in times.items()]
 
 def bench_models(
     batch_size: int = 32, # strings in a step of the fast-weight study; twice as many for looped models

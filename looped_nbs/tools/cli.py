@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VERBS', 'read_flags', 'options_of', 'check_flags', 'read_experiment', 'train_verb', 'evaluate_verb', 'import_verb',
-           'data_verb', 'call', 'list_verb', 'resume_verb', 'plot_verb', 'reproduce_verb', 'bench_verb', 'doctor_verb',
-           'usage', 'main']
+           'data_verb', 'call', 'list_verb', 'resume_verb', 'plot_verb', 'generate_verb', 'reproduce_verb',
+           'bench_verb', 'doctor_verb', 'usage', 'main']
 
 # %% ../../nbs/09_tools/03_cli.ipynb #42c89812
 import contextlib
@@ -185,6 +185,8 @@ def evaluate_verb(
     run = evaluate(words[0], check_flags(flags, experiment, sections), **controls)
     if as_json is not None: print(dumps(run.summary))
     else: print(f'{_tables(run)}\n\nnumbers  {run.path}/{run.name}.json')
+    used = run.summary.get('loops_used')
+    if as_json is None and used is not None: print(f'loops    {used:.1f} used on average')
     return 0
 
 # %% ../../nbs/09_tools/03_cli.ipynb #a00f4df6
@@ -413,6 +415,40 @@ def plot_verb(*,
     print(f'figure   {file}')
 
 # %% ../../nbs/09_tools/03_cli.ipynb #b22b9a40
+def generate_verb(*,
+    run: str, # run folder
+    texts: tuple[str, ...] = (), # beginnings, sentences or problems; none: lines of --file or standard input
+    file: str = '', # a file with one text a line
+    score: Literal['', 'val', 'test'] = '', # translate this split instead, and print its BLEU
+    max_words: int = 100, # tokens that are written at most
+    temperature: float = 1., # of continuations: above 1 flatter, below 1 sharper
+    top_k: int | None = None, # tokens to choose from in continuations; none: all
+    beam: int = 4, # beginnings kept while translating; 1: the likeliest word each time
+    length_penalty: float = 0.6, # exponent of the length penalty of translations
+    seed: int = 0, # of continuations
+    n_loops: int | None = None, # other number of loops than in training
+    json: bool = False, # print JSON
+) -> None:
+    "Let a trained model go on with a text, translate sentences, or answer problems."
+    from looped_nbs.experiments.generate import generate, score_translations
+    if score:
+        found = score_translations(run, score, beam=beam, length_penalty=length_penalty, n_loops=n_loops)
+        summary = {'bleu': found.bleu.score, 'signature': found.bleu.signature}
+        shown = f'{found.table()}\n\nBLEU {found.bleu.score:.1f}  {found.bleu.signature}'
+        print(dumps(summary | {'rows': found.rows}) if json else shown)
+        return
+    texts = list(texts) or _lines(file)
+    written = generate(run, texts, max_words=max_words, temperature=temperature, top_k=top_k, beam=beam,
+                       length_penalty=length_penalty, seed=seed, n_loops=n_loops)
+    print(dumps(written) if json else '\n'.join(written))
+
+def _lines(file):
+    "The lines of a file, or of standard input."
+    if not file: return sys.stdin.read().splitlines()
+    try: return Path(file).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as e: raise FieldError('--file', file, f'a text file ({e})') from None
+
+# %% ../../nbs/09_tools/03_cli.ipynb #7ab7352f
 def reproduce_verb(*,
     study: str, # see `looped list studies`
     scale: str = 'smoke', # smoke (seconds) or laptop (minutes), where the study has them
@@ -431,7 +467,7 @@ def reproduce_verb(*,
     else: print(f'\n{shown}\n\nnumbers  {folder}/results.json\nfigure   {folder}/results.png')
     return 0
 
-# %% ../../nbs/09_tools/03_cli.ipynb #7ab7352f
+# %% ../../nbs/09_tools/03_cli.ipynb #5c1313be
 def bench_verb(*,
     what: Literal['ops', 'tasks', 'train', 'models'], # operators, sampling, a step beside its model, models
     json: bool = False, # print JSON in place of a table
@@ -447,11 +483,11 @@ def doctor_verb(*,
     from looped_nbs.tools.doctor import doctor, report
     print(dumps(doctor()) if json else report(doctor()))
 
-# %% ../../nbs/09_tools/03_cli.ipynb #3fe06025
+# %% ../../nbs/09_tools/03_cli.ipynb #896b7896
 VERBS = {'list': list_verb, 'train': train_verb, 'resume': resume_verb, 'evaluate': evaluate_verb,
-         'plot': plot_verb, 'import': import_verb, 'data': data_verb, 'reproduce': reproduce_verb,
-         'bench': bench_verb, 'doctor': doctor_verb}
-_POSITIONAL = ('what', 'run', 'runs', 'study')  # arguments that come without a flag
+         'plot': plot_verb, 'generate': generate_verb, 'import': import_verb, 'data': data_verb,
+         'reproduce': reproduce_verb, 'bench': bench_verb, 'doctor': doctor_verb}
+_POSITIONAL = ('what', 'run', 'runs', 'study', 'texts')  # arguments that come without a flag
 
 def usage() -> str: # several lines
     "The help text of the program."
@@ -470,7 +506,7 @@ def _run(argv):
     if 'argv' in inspect.signature(verb).parameters: return verb(words)
     return call(verb, name, words, _POSITIONAL)
 
-# %% ../../nbs/09_tools/03_cli.ipynb #896b7896
+# %% ../../nbs/09_tools/03_cli.ipynb #63888b92
 def main(
     argv: Sequence[str] | None = None, # words after the program's name; None: those it was called with
 ) -> int: # exit code
@@ -496,7 +532,7 @@ def main(
     print(f'looped{process}: {" ".join(message.split())}', file=sys.stderr)
     return code
 
-# %% ../../nbs/09_tools/03_cli.ipynb #895468d7
+# %% ../../nbs/09_tools/03_cli.ipynb #3859c766
 def _end(code):
     "End this process."
     for stream in (sys.stdout, sys.stderr): stream.flush()
