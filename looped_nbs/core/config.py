@@ -219,6 +219,7 @@ class Run:
     track: str = 'none' # none or wandb (WANDB_MODE=offline works)
     progress: bool = True # show a progress bar
     out: str = '' # run folder; empty: runs/<task>-<model>-<number>
+    label: str = '' # name of the model in tables and figures; empty: made from its fields
     plugins: tuple[str, ...] = () # Python files loaded before names are resolved
 
     def __post_init__(self):

@@ -23,7 +23,17 @@ from ..evaluation.generalisation import generalisation, summarise
 from ..evaluation.perplexity import perplexities
 from ..evaluation.report import Table, plot_curves, table
 from ..evaluation.validation import Validate
-from . import chunked, counting, demo, fastweight, icl  # noqa: F401  registers presets
+from looped_nbs.experiments import (  # noqa: F401  registers presets
+    chunked,
+    counting,
+    demo,
+    fastweight,
+    icl,
+    timestep,
+    timestep_published,
+    timestep_text,
+    timestep_translation,
+)
 from ..layers.loop import settled
 from ..models import encoder_decoder, fast_weights, recurrent, transformer  # noqa: F401  register
 from ..models.base import MODELS, SequenceModel
@@ -231,6 +241,7 @@ def label(
     experiment: Experiment, # what was run
 ) -> str: # a short name for tables and legends
     "Name a model with what distinguishes it: its mixer, its largest rate and its positions."
+    if experiment.run.label: return experiment.run.label
     kwargs, name = experiment.model.kwargs, experiment.model.name
     if kwargs.get('beta_max', 1) != 1: name += f', rates to {kwargs["beta_max"]:g}'
     if kwargs.get('mixer', 'attention') != 'attention': name += f', {kwargs["mixer"]}'
