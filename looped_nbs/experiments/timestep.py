@@ -40,10 +40,10 @@ def _register():
 _register()
 
 # %% ../../nbs/08_experiments/03d_timestep.ipynb #1efb10ed
-_ED = {'task.length': 5, 'task.min_length': 3, 'task.test_length': 8, 'task.using': 2, 'task.num_range': 0,
+_ED = {'task.length': 4, 'task.min_length': 3, 'task.test_length': 6, 'task.using': 1, 'task.num_range': 0,
        'task.max_len': 0}
 _WIDTH = {'model.d_model': 64, 'model.max_len': 64}
-_LAPTOP = _ED | _WIDTH | {'train.steps': 3000, 'train.batch_size': 64, 'optim.lr': 2e-3,
+_LAPTOP = _ED | _WIDTH | {'train.steps': 3000, 'train.batch_size': 64, 'optim.lr': 1e-3,
                           'optim.warmup_steps': 200, 'evaluate.examples': 1000}
 _SMOKE = _LAPTOP | {'model.d_model': 32, 'train.steps': 40, 'optim.warmup_steps': 0, 'evaluate.examples': 64}
 _DEPTHS = [('transformer', {'model.n_layers': n, 'run.label': f'{n} block{"s" * (n > 1)}'}) for n in (1, 6)]
