@@ -74,7 +74,8 @@ def _solve(task, model, texts, how):
 
 def _some(task): return ', '.join([*task.symbols[3:8], '…', task.symbols[-1]])
 
-WRITERS: dict[str, Callable] = {'next_token': _go_on, 'seq2seq': _translate, 'answer': _solve, 'chain': _solve}
+WRITERS: dict[str, Callable] = {
+    'next_token': _go_on, 'seq2seq': _translate, 'answer': _solve, 'chain': _solve}
 
 # %% ../../nbs/08_experiments/05b_generate.ipynb #1075c81f
 def _writer(path):

@@ -446,7 +446,8 @@ def _lines(file):
     "The lines of a file, or of standard input."
     if not file: return sys.stdin.read().splitlines()
     try: return Path(file).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as e: raise FieldError('--file', file, f'a text file ({e})') from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise FieldError('--file', file, f'a text file ({e})') from None
 
 # %% ../../nbs/09_tools/03_cli.ipynb #7ab7352f
 def reproduce_verb(*,

@@ -73,7 +73,8 @@ def time_products(
     d_out: int, # width of the output
 ) -> dict[str, int]: # name of a product to its place in PRODUCTS
     "Choose a library for each product of a linear map."
-    x, g, w, b = torch.randn(rows, d_in), torch.randn(rows, d_out), torch.randn(d_out, d_in), torch.randn(d_out)
+    x, g = torch.randn(rows, d_in), torch.randn(rows, d_out)
+    w, b = torch.randn(d_out, d_in), torch.randn(d_out)
     given = {'forward': (x, w, b), 'input': (g, w), 'weight': (g, x)}
     with torch.no_grad():
         return {name: _faster([lambda f=f, name=name: f(*given[name]) for f in forms])
