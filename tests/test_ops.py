@@ -18,10 +18,11 @@ from looped_nbs.ops.elementwise_lstm import ELEMENTWISE_LSTM
 from looped_nbs.ops.linear_attention import LINEAR_ATTENTION
 from looped_nbs.ops.operator import call, check_forms, draw, here, results
 from looped_nbs.ops.recurrent_delta import RECURRENT_DELTA
+from looped_nbs.ops.scan import SELECTIVE_SCAN
 from looped_nbs.ops.srwm import SRWM
 
 HERE = Path(__file__).parent
-CASES = (LINEAR_ATTENTION, DELTA, RECURRENT_DELTA, SRWM, ELEMENTWISE_LSTM)
+CASES = (LINEAR_ATTENTION, DELTA, RECURRENT_DELTA, SRWM, ELEMENTWISE_LSTM, SELECTIVE_SCAN)
 each = pytest.mark.parametrize('case', CASES, ids=lambda case: case.name)
 needs_compiler = pytest.mark.skipif('cpu' not in here(DELTA), reason='no compiler')
 CLOSE = {torch.float32: 2e-4, torch.bfloat16: 6e-2}
