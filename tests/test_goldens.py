@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from safetensors.torch import load_file
 
 from looped_nbs.core.batch import Batch, Output
@@ -36,6 +36,7 @@ from looped_nbs.ops.operator import call, here
 from looped_nbs.ops.recurrent_delta import recurrent_delta
 from looped_nbs.ops.scan import selective_scan
 from looped_nbs.ops.srwm import srwm
+from looped_nbs.ops.wkv import wkv5, wkv6
 from looped_nbs.tasks import (  # noqa: F401, register the tasks
     counting_modular,
     counting_shifted,
@@ -169,8 +170,7 @@ NOT_BUILT = {
         mamba op_cauchy op_causal_conv1d_silu op_fftconv op_fftconv_bidirectional op_fftconv_ch2_glu
         op_fftconv_diag op_hippo_init op_log_vandermonde op_s4_dplr_fourier op_s4_dplr_legs
         op_s4_dplr_legt_rank2 op_s4_dplr_nssm1_ch2 op_s4block op_s4block_diag_noglu op_s4d_bilinear_inv
-        op_s4d_dss op_s4d_real op_s4d_softplus_dtuntied op_s4d_zoh_lin op_wkv5 op_wkv6
-        op_wkv6state rwkv5 rwkv5_init rwkv6 rwkv6_init s4 s4_tied train_trace_s4
+        op_s4d_dss op_s4d_real op_s4d_softplus_dtuntied op_s4d_zoh_lin rwkv5 rwkv5_init rwkv6 rwkv6_init s4 s4_tied train_trace_s4
     '''),
 }
 
@@ -606,25 +606,39 @@ def check_recurrent_operator(case):
 
 
 CHANNELS_FIRST = 'batch channels time -> batch time channels'
-SCANS = {  # stem: function, pattern of each argument, its state, options, axes of the result
+HEADS = 'batch time (heads d) -> batch time heads d'
+WKV = dict.fromkeys(('r', 'k', 'v', 'w'), HEADS) | {'u': 'heads d -> heads d'}
+SCANS = {  # stem: function, pattern of each argument, name of the last state, pattern of the result
     'op_selective_scan': (selective_scan, {
         'u': CHANNELS_FIRST, 'delta': CHANNELS_FIRST, 'A': 'd n -> d n', 'B': 'b n t -> b t n', 'C': 'b n t -> b t n',
         'D': 'd -> d', 'z': CHANNELS_FIRST, 'delta_bias': 'd -> d'}, 'last_state', CHANNELS_FIRST),
+    'op_wkv5': (wkv5, WKV | {'w': 'heads d -> heads d'}, 'final_state', HEADS),
+    'op_wkv6': (wkv6, WKV, 'final_state', HEADS),
+    'op_wkv6state': (wkv6, WKV | {'s': 'heads j i -> batch heads i j'}, 'final_state', HEADS),
 }
 
 
 def check_scan(case):
     operator, patterns, final, result = SCANS[case.stem.removeprefix('counting/')]
     given = {n: case[f'in.{n}'].requires_grad_() for n in patterns if f'in.{n}' in case.tensors}
-    for form in ('naive', 'auto'):
-        arguments = [rearrange(given[n], p) if n in given else None for n, p in patterns.items()]
-        y, state = operator(*arguments, return_state=True, impl=form)
-        case.close(y, rearrange(case['out.y'], result), f'{form}: out.y')
+    axes = {'heads': case.meta['H']} if 'H' in case.meta else {}
+    for form in ('naive', 'chunk', 'auto') if axes else ('naive', 'auto'):
+        arguments = {n: _arranged(given[n], p, axes, case.meta) if n in given else None for n, p in patterns.items()}
+        start = arguments.pop('s', None)
+        y, state = operator(*arguments.values(), state=start, return_state=True, impl=form)
+        case.close(y, _arranged(case['out.y'], result, axes), f'{form}: out.y')
         case.close(state, case[f'out.{final}'], f'{form}: out.{final}')
-        loss = (y * rearrange(case['in.loss_weight'], result)).sum()
+        loss = (y * _arranged(case['in.loss_weight'], result, axes)).sum()
         if 'out.loss' in case.tensors: case.close(loss, case['out.loss'], f'{form}: out.loss')
         for name, gradient in zip(given, torch.autograd.grad(loss, given.values()), strict=True):
             case.close(gradient, case[f'grad.in.{name}'], f'{form}: grad.in.{name}')
+
+
+def _arranged(x, pattern, axes, meta=None):
+    "A tensor in our layout; one for all examples is repeated."
+    left, right = pattern.split(' -> ')
+    if 'batch' in right and 'batch' not in left: return repeat(x, pattern, batch=meta['B'])
+    return rearrange(x, pattern, **(axes if '(heads' in pattern else {}))
 
 
 class Silent(torch.nn.Module):
@@ -739,7 +753,7 @@ BUILT = {
     'counting/metric_get_acc': check_metric,
     **dict.fromkeys(_stems('counting', 'train_trace_ct train_trace_lstm train_trace_rnn'), check_train_trace),
     **dict.fromkeys(COUNTING_FILES, check_counting_file),
-    **dict.fromkeys(_stems('counting', 'op_selective_scan'), check_scan),
+    **dict.fromkeys(_stems('counting', 'op_selective_scan op_wkv5 op_wkv6 op_wkv6state'), check_scan),
     **{f'linear_fwp/op_{name}': check_fast_weights for name in ('sum', 'delta')},
     'icl/looped_add': check_looped_add,
     **dict.fromkeys(_stems('linear_fwp', '''

@@ -20,9 +20,10 @@ from looped_nbs.ops.operator import call, check_forms, draw, here, results
 from looped_nbs.ops.recurrent_delta import RECURRENT_DELTA
 from looped_nbs.ops.scan import SELECTIVE_SCAN
 from looped_nbs.ops.srwm import SRWM
+from looped_nbs.ops.wkv import WKV6
 
 HERE = Path(__file__).parent
-CASES = (LINEAR_ATTENTION, DELTA, RECURRENT_DELTA, SRWM, ELEMENTWISE_LSTM, SELECTIVE_SCAN)
+CASES = (LINEAR_ATTENTION, DELTA, RECURRENT_DELTA, SRWM, ELEMENTWISE_LSTM, SELECTIVE_SCAN, WKV6)
 each = pytest.mark.parametrize('case', CASES, ids=lambda case: case.name)
 needs_compiler = pytest.mark.skipif('cpu' not in here(DELTA), reason='no compiler')
 CLOSE = {torch.float32: 2e-4, torch.bfloat16: 6e-2}
