@@ -30,6 +30,7 @@ from looped_nbs.layers.attention import Attention
 from looped_nbs.layers.block import Block, FeedForward
 from looped_nbs.layers.fast_weights import SRWM, DeltaRule, ElementwiseLSTM, LinearAttention, RecurrentDelta
 from looped_nbs.layers.positions import build_positions
+from looped_nbs.ops.conv import causal_conv1d
 from looped_nbs.ops.delta import DELTA
 from looped_nbs.ops.linear_attention import LINEAR_ATTENTION
 from looped_nbs.ops.operator import call, here
@@ -167,7 +168,7 @@ NOT_BUILT = {
         task_deepmind_stack_manipulation
     '''),
     'part 7': _stems('counting', '''
-        mamba op_cauchy op_causal_conv1d_silu op_fftconv op_fftconv_bidirectional op_fftconv_ch2_glu
+        mamba op_cauchy op_fftconv op_fftconv_bidirectional op_fftconv_ch2_glu
         op_fftconv_diag op_hippo_init op_log_vandermonde op_s4_dplr_fourier op_s4_dplr_legs
         op_s4_dplr_legt_rank2 op_s4_dplr_nssm1_ch2 op_s4block op_s4block_diag_noglu op_s4d_bilinear_inv
         op_s4d_dss op_s4d_real op_s4d_softplus_dtuntied op_s4d_zoh_lin rwkv5 rwkv5_init rwkv6 rwkv6_init s4 s4_tied train_trace_s4
@@ -612,6 +613,8 @@ SCANS = {  # stem: function, pattern of each argument, name of the last state, p
     'op_selective_scan': (selective_scan, {
         'u': CHANNELS_FIRST, 'delta': CHANNELS_FIRST, 'A': 'd n -> d n', 'B': 'b n t -> b t n', 'C': 'b n t -> b t n',
         'D': 'd -> d', 'z': CHANNELS_FIRST, 'delta_bias': 'd -> d'}, 'last_state', CHANNELS_FIRST),
+    'op_causal_conv1d_silu': (functools.partial(causal_conv1d, activation='silu'), {
+        'x': CHANNELS_FIRST, 'weight': 'd j -> d j', 'bias': 'd -> d'}, '', CHANNELS_FIRST),
     'op_wkv5': (wkv5, WKV | {'w': 'heads d -> heads d'}, 'final_state', HEADS),
     'op_wkv6': (wkv6, WKV, 'final_state', HEADS),
     'op_wkv6state': (wkv6, WKV | {'s': 'heads j i -> batch heads i j'}, 'final_state', HEADS),
@@ -627,7 +630,7 @@ def check_scan(case):
         start = arguments.pop('s', None)
         y, state = operator(*arguments.values(), state=start, return_state=True, impl=form)
         case.close(y, _arranged(case['out.y'], result, axes), f'{form}: out.y')
-        case.close(state, case[f'out.{final}'], f'{form}: out.{final}')
+        if final: case.close(state, case[f'out.{final}'], f'{form}: out.{final}')
         loss = (y * _arranged(case['in.loss_weight'], result, axes)).sum()
         if 'out.loss' in case.tensors: case.close(loss, case['out.loss'], f'{form}: out.loss')
         for name, gradient in zip(given, torch.autograd.grad(loss, given.values()), strict=True):
@@ -753,7 +756,9 @@ BUILT = {
     'counting/metric_get_acc': check_metric,
     **dict.fromkeys(_stems('counting', 'train_trace_ct train_trace_lstm train_trace_rnn'), check_train_trace),
     **dict.fromkeys(COUNTING_FILES, check_counting_file),
-    **dict.fromkeys(_stems('counting', 'op_selective_scan op_wkv5 op_wkv6 op_wkv6state'), check_scan),
+    **dict.fromkeys(_stems('counting', '''
+        op_causal_conv1d_silu op_selective_scan op_wkv5 op_wkv6 op_wkv6state
+    '''), check_scan),
     **{f'linear_fwp/op_{name}': check_fast_weights for name in ('sum', 'delta')},
     'icl/looped_add': check_looped_add,
     **dict.fromkeys(_stems('linear_fwp', '''

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from looped_nbs.ops import build, operator
+from looped_nbs.ops.conv import CAUSAL_CONV1D, CAUSAL_CONV1D_SILU
 from looped_nbs.ops.delta import DELTA
 from looped_nbs.ops.elementwise_lstm import ELEMENTWISE_LSTM
 from looped_nbs.ops.linear_attention import LINEAR_ATTENTION
@@ -23,7 +24,8 @@ from looped_nbs.ops.srwm import SRWM
 from looped_nbs.ops.wkv import WKV6
 
 HERE = Path(__file__).parent
-CASES = (LINEAR_ATTENTION, DELTA, RECURRENT_DELTA, SRWM, ELEMENTWISE_LSTM, SELECTIVE_SCAN, WKV6)
+CASES = (LINEAR_ATTENTION, DELTA, RECURRENT_DELTA, SRWM, ELEMENTWISE_LSTM, SELECTIVE_SCAN, CAUSAL_CONV1D,
+         CAUSAL_CONV1D_SILU, WKV6)
 each = pytest.mark.parametrize('case', CASES, ids=lambda case: case.name)
 needs_compiler = pytest.mark.skipif('cpu' not in here(DELTA), reason='no compiler')
 CLOSE = {torch.float32: 2e-4, torch.bfloat16: 6e-2}
