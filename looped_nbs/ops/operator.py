@@ -235,31 +235,35 @@ def _schema(operator):
     "Signatures of the registered passes."
     def types(names, kind='Tensor'): return ', '.join(f'{kind} {n}' for n in names)
     finals = [f'final_{n}' for n in operator.states]
-    given = ', '.join(types([n], 'Tensor?' if n in operator.optional else 'Tensor') for n in operator.inputs)
-    given += ', ' + types(operator.states, 'Tensor?')
+    absent = {*operator.optional, *operator.states}
+    given = ', '.join(types([n], 'Tensor?' if n in absent else 'Tensor') for n in operator.arguments)
     results = ', '.join(['Tensor'] * (1 + len(finals) + len(operator.keeps)))
-    left = types([*finals, *operator.keeps]) + ', ' + types([f'grad_{n}' for n in ('y', *finals)], 'Tensor?')
+    left = ', '.join(filter(None, (types([*finals, *operator.keeps]),
+                                   types([f'grad_{n}' for n in ('y', *finals)], 'Tensor?'))))
     gradients = ', '.join(['Tensor'] * len(operator.arguments))
     return f'({given}, bool keep) -> ({results})', f'({given}, {left}) -> ({gradients})'
 
 # %% ../../nbs/01_ops/01_operator.ipynb #cc511921
+def _alone(results): return results if len(results) > 1 else results[0] # as PyTorch wants a single one
+def _tuple(results): return results if isinstance(results, (tuple, list)) else (results,)
+
 def _register(operator):
     "Make the two passes known to PyTorch."
     n, m = len(operator.arguments), len(operator.states)
     def whole(results, like): return tuple(like.new_empty(0) if x is None else x for x in results)
-    def run(*args): return whole(forward(operator, args[:n], args[n]), args[0])
+    def run(*args): return _alone(whole(forward(operator, args[:n], args[n]), args[0]))
     def run_back(*args): return whole(backward(operator, args[:-1 - m], args[-1 - m:]), args[0])
     def shape(*args):
         sizes, like, keep = operator.sizes(args), args[0], args[n]
         new = [_empty(like, sizes, operator.words['y'])]
         new += [_empty(like, sizes, operator.words[w], _state_dtype(like.dtype)) for w in operator.states]
         kept = [_empty(like, sizes, operator.words[w], _state_dtype(like.dtype)) for w in operator.keeps]
-        return *new, *(kept if keep else [like.new_empty(0) for _ in kept])
+        return _alone((*new, *(kept if keep else [like.new_empty(0) for _ in kept])))
     def shape_back(*args):
         return whole([None if x is None else x.new_empty(x.shape) for x in args[:n]], args[0])
     def remember(ctx, inputs, output):
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:n], *output[1:])
+        ctx.save_for_backward(*inputs[:n], *_tuple(output)[1:])
     def differentiate(ctx, *gradients):
         new = made_back(*ctx.saved_tensors, *gradients[:1 + m])
         return *(g if x is not None else None for g, x in zip(new, ctx.saved_tensors[:n], strict=True)), None
@@ -313,7 +317,7 @@ def _compiled(operator, tensors):
     given = [x for x in tensors if x is not None]
     grad = torch.is_grad_enabled() and any([x.requires_grad for x in given])
     if torch.compiler.is_compiling() or _transforming() or not all([type(x) in _PLAIN for x in given]):
-        return operator.op(*tensors, grad)
+        return _tuple(operator.op(*tensors, grad))
     return _Direct.apply(operator, *tensors) if grad else forward(operator, tensors, False)
 
 def _python(operator, form, tensors, sizes):
@@ -347,7 +351,7 @@ def named_sizes(
     d_v: int, # columns of a state, channels of a head
 ) -> dict[str, int]: # sizes by word
     "Name the sizes of arguments, for operators with heads and for those with channels."
-    channels = {'channels': heads * d_v, 'd_state': d_k, 'width': 1 + d_k % 5}
+    channels = {'channels': heads * d_v, 'd_state': d_k, 'width': 2 + d_k % 4}
     return {'batch': batch, 'time': time, 'heads': heads, 'd_k': d_k, 'd_v': d_v} | channels
 
 def draw(
