@@ -34,7 +34,7 @@ def hippo(
     if measure == 'legt':
         signs = torch.where(n[:, None] < n, 1 - 2 * ((n[:, None] - n).abs() % 2), 1.)
         return -.5 * signs * outer, root / 2
-    B = torch.where(n % 2 == 0, math.sqrt(2), 0.)
+    B = math.sqrt(2) * (n % 2 == 0).to(n.dtype)
     B[0] = 1
     turns = math.pi * torch.where(n % 2 == 1, n // 2, 0.)[1:]
     return torch.diag(turns, -1) - torch.diag(turns, 1) - B[:, None] * B, B
