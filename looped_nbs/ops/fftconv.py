@@ -83,6 +83,7 @@ def fftconv(
     time = x.shape[1]
     kernel = F.pad(kernel[..., :time], (0, max(0, time - kernel.shape[2])))
     if bidirectional: y = _both_ways(x, *kernel.chunk(2))
+    elif len(kernel) == 1: y = _causal(x, kernel[0], impl)[:, :, None]
     else: y = torch.stack([_causal(x, k, impl) for k in kernel.unbind(0)], 2)
     return y if skip is None else y + skip * x[:, :, None]
 
