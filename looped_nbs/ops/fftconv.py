@@ -20,7 +20,7 @@ def convolution_naive(
 ) -> tuple[Tensor]: # (batch, time, channels)
     "A causal convolution as its definition says."
     time = x.shape[1]
-    return sum(k_l * F.pad(x, (0, 0, lag, 0))[:, :time] for lag, k_l in enumerate(kernel.unbind(0))),
+    return sum(F.pad(k_l * x[:, :time - lag], (0, 0, lag, 0)) for lag, k_l in enumerate(kernel.unbind(0))),
 
 def fast_length(
     least: int, # how long a transform must be
