@@ -610,8 +610,8 @@ HEADS = 'batch time (heads d) -> batch time heads d'
 WKV = dict.fromkeys(('r', 'k', 'v', 'w'), HEADS) | {'u': 'heads d -> heads d'}
 SCANS = {  # stem: function, pattern of each argument, name of the last state, pattern of the result
     'op_selective_scan': (selective_scan, {
-        'u': CHANNELS_FIRST, 'delta': CHANNELS_FIRST, 'A': 'd n -> d n', 'B': 'b n t -> b t n', 'C': 'b n t -> b t n',
-        'D': 'd -> d', 'z': CHANNELS_FIRST, 'delta_bias': 'd -> d'}, 'last_state', CHANNELS_FIRST),
+        'u': CHANNELS_FIRST, 'delta': CHANNELS_FIRST, 'A': 'd n -> d n', 'B': 'b n t -> b t n',
+        'C': 'b n t -> b t n', 'D': 'd -> d', 'z': CHANNELS_FIRST, 'delta_bias': 'd -> d'}, 'last_state', CHANNELS_FIRST),
     'op_causal_conv1d_silu': (functools.partial(causal_conv1d, activation='silu'), {
         'x': CHANNELS_FIRST, 'weight': 'd j -> d j', 'bias': 'd -> d'}, '', CHANNELS_FIRST),
     'op_wkv5': (wkv5, WKV | {'w': 'heads d -> heads d'}, 'final_state', HEADS),
@@ -625,7 +625,8 @@ def check_scan(case):
     given = {n: case[f'in.{n}'].requires_grad_() for n in patterns if f'in.{n}' in case.tensors}
     axes = {'heads': case.meta['H']} if 'H' in case.meta else {}
     for form in ('naive', 'chunk', 'auto') if axes else ('naive', 'auto'):
-        arguments = {n: _arranged(given[n], p, axes, case.meta) if n in given else None for n, p in patterns.items()}
+        arguments = {n: _arranged(given[n], p, axes, case.meta) if n in given else None
+                     for n, p in patterns.items()}
         start = arguments.pop('s', None)
         y, state = operator(*arguments.values(), state=start, return_state=True, impl=form)
         case.close(y, _arranged(case['out.y'], result, axes), f'{form}: out.y')
@@ -697,7 +698,8 @@ class System:
         dt = ssm.transform(self.options.get('dt_transform', 'exp'))(given['inv_dt'])
         rate = ssm.transform(self.options.get('real_transform', 'exp'))(given['A_real'])
         turn = torch.zeros_like(rate)
-        if 'A_imag' in given: turn = ssm.transform(self.options.get('imag_transform', 'none'))(given['A_imag'])
+        imaginary = ssm.transform(self.options.get('imag_transform', 'none'))
+        if 'A_imag' in given: turn = imaginary(given['A_imag'])
         self.dt, self.C, n = dt, given['C'], given['C'].shape[1]
         self.A, self.B = _each(torch.complex(-rate, -turn), n), _each(given['B'], n)
         self.P = _each(given['P'], n) if 'P' in given else None
@@ -782,10 +784,11 @@ def check_fftconv(case):
     activation = options.get('activation', 'gelu')
     for impl in ('fft', 'direct'):
         system = _system(kernels, options, x.shape[-1])
-        y = fftconv(x.mT, system.kernel(x.shape[-1]), D, bidirectional=options.get('bidirectional', False), impl=impl)
+        both = options.get('bidirectional', False)
+        y = fftconv(x.mT, system.kernel(x.shape[-1]), D, bidirectional=both, impl=impl)
         y = rearrange(y, 'batch time n d -> batch (d n) time' if options.get('swap_channels')
                       else 'batch time n d -> batch (n d) time')
-        y = F.glu(y, 1) if activation == 'glu' else {'gelu': F.gelu, 'relu': F.relu, None: lambda x: x}[activation](y)
+        y = {'gelu': F.gelu, 'relu': F.relu, 'glu': functools.partial(F.glu, dim=1), None: lambda x: x}[activation](y)
         case.close(y, case['out.y'], 'out.y')
         leaves = {'in.x': x, 'D': D} | {f'kernel.{n}': p for n, p in system.leaves.items()}
         _assert_sum(case, y, '', leaves)

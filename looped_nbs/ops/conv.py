@@ -33,15 +33,16 @@ def causal_conv1d_naive(
 # %% ../../nbs/01_ops/10_conv.ipynb #a50c60d0
 def _sample(sizes, generator):
     "Arguments as they occur in training."
-    def normal(*words): return torch.randn([sizes[w] for w in words], generator=generator, dtype=torch.float64)
+    def normal(*words):
+        return torch.randn([sizes[w] for w in words], generator=generator, dtype=torch.float64)
     return normal('batch', 'time', 'channels'), normal('channels', 'width'), normal('channels')
 
 def _operator(name, silu):
     "The operator with or without an activation, from the same sources."
     partial = {'weight': 'batch channels width', 'bias': 'batch channels'}
     return Operator(name, 'causal_conv1d',
-        inputs={'x': 'batch time channels', 'weight': 'channels width', 'bias': 'channels'}, optional=('bias',),
-        states={'state': 'batch before channels'}, output='batch time channels',
+        inputs={'x': 'batch time channels', 'weight': 'channels width', 'bias': 'channels'},
+        optional=('bias',), states={'state': 'batch before channels'}, output='batch time channels',
         naive=functools.partial(causal_conv1d_naive, silu=silu), partial={'cpu': partial, 'cuda': partial},
         derived={'before': lambda sizes: sizes['width'] - 1, 'silu': lambda _: int(silu)}, sample=_sample,
         flops=lambda sizes: tuple(n * sizes['width'] * sizes['channels'] // sizes['heads'] for n in (2, 6)))

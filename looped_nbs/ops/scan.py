@@ -38,7 +38,8 @@ CHUNK = 16 # steps between the states that are kept, as in csrc/selective_scan.h
 
 def _sample(sizes, generator):
     "Arguments as they occur in training."
-    def normal(*words): return torch.randn([sizes[w] for w in words], generator=generator, dtype=torch.float64)
+    def normal(*words):
+        return torch.randn([sizes[w] for w in words], generator=generator, dtype=torch.float64)
     token, states = ('batch', 'time', 'channels'), ('batch', 'time', 'd_state')
     return (normal(*token), normal(*token) - 1, -normal('channels', 'd_state').mul(.5).exp(),
             normal(*states), normal(*states), normal('channels'), normal(*token), normal('channels'))
