@@ -611,7 +611,8 @@ WKV = dict.fromkeys(('r', 'k', 'v', 'w'), HEADS) | {'u': 'heads d -> heads d'}
 SCANS = {  # stem: function, pattern of each argument, name of the last state, pattern of the result
     'op_selective_scan': (selective_scan, {
         'u': CHANNELS_FIRST, 'delta': CHANNELS_FIRST, 'A': 'd n -> d n', 'B': 'b n t -> b t n',
-        'C': 'b n t -> b t n', 'D': 'd -> d', 'z': CHANNELS_FIRST, 'delta_bias': 'd -> d'}, 'last_state', CHANNELS_FIRST),
+        'C': 'b n t -> b t n', 'D': 'd -> d', 'z': CHANNELS_FIRST,
+        'delta_bias': 'd -> d'}, 'last_state', CHANNELS_FIRST),
     'op_causal_conv1d_silu': (functools.partial(causal_conv1d, activation='silu'), {
         'x': CHANNELS_FIRST, 'weight': 'd j -> d j', 'bias': 'd -> d'}, '', CHANNELS_FIRST),
     'op_wkv5': (wkv5, WKV | {'w': 'heads d -> heads d'}, 'final_state', HEADS),
@@ -788,7 +789,8 @@ def check_fftconv(case):
         y = fftconv(x.mT, system.kernel(x.shape[-1]), D, bidirectional=both, impl=impl)
         y = rearrange(y, 'batch time n d -> batch (d n) time' if options.get('swap_channels')
                       else 'batch time n d -> batch (n d) time')
-        y = {'gelu': F.gelu, 'relu': F.relu, 'glu': functools.partial(F.glu, dim=1), None: lambda x: x}[activation](y)
+        activations = {'gelu': F.gelu, 'relu': F.relu, 'glu': functools.partial(F.glu, dim=1)}
+        y = activations[activation](y) if activation else y
         case.close(y, case['out.y'], 'out.y')
         leaves = {'in.x': x, 'D': D} | {f'kernel.{n}': p for n, p in system.leaves.items()}
         _assert_sum(case, y, '', leaves)

@@ -58,7 +58,8 @@ def wkv6_chunk(
 # %% ../../nbs/01_ops/11_wkv.ipynb #275aa23a
 def _sample(sizes, generator):
     "Arguments as they occur in training."
-    def normal(*words): return torch.randn([sizes[w] for w in words], generator=generator, dtype=torch.float64)
+    def normal(*words):
+        return torch.randn([sizes[w] for w in words], generator=generator, dtype=torch.float64)
     token = 'batch', 'time', 'heads'
     r, k, v, w = (normal(*token, d) for d in ('d_k', 'd_k', 'd_v', 'd_k'))
     return r / sizes['d_k'] ** .5, k, v / sizes['d_v'] ** .5, w - 1, normal('heads', 'd_k')

@@ -118,8 +118,8 @@ def _others(operator, length):
     "The forms to compare with: the definition only where there is no chunk form, or time for it."
     return ('auto', 'chunk', 'naive') if length <= 256 or not operator.chunk else ('auto', 'chunk')
 
-OPERATORS = (LINEAR_ATTENTION, DELTA, RECURRENT_DELTA, SRWM, ELEMENTWISE_LSTM, SELECTIVE_SCAN, CAUSAL_CONV1D_SILU, WKV6,
-             CONVOLUTION)
+OPERATORS = (LINEAR_ATTENTION, DELTA, RECURRENT_DELTA, SRWM, ELEMENTWISE_LSTM, SELECTIVE_SCAN,
+             CAUSAL_CONV1D_SILU, WKV6, CONVOLUTION)
 
 def bench_ops(
     lengths: tuple = (64, 256, 512, 1024), # time steps
