@@ -46,7 +46,8 @@ def convolution_fft(
 # %% ../../nbs/01_ops/13_fftconv.ipynb #f9f44660
 def _sample(sizes, generator):
     "An input and a kernel that decays."
-    def normal(*words): return torch.randn([sizes[w] for w in words], generator=generator, dtype=torch.float64)
+    def normal(*words):
+        return torch.randn([sizes[w] for w in words], generator=generator, dtype=torch.float64)
     decay = .9 ** torch.arange(sizes['time'], dtype=torch.float64)
     return normal('batch', 'time', 'channels'), normal('time', 'channels') * decay[:, None]
 
@@ -67,7 +68,7 @@ def _causal(x, kernel, impl):
 # %% ../../nbs/01_ops/13_fftconv.ipynb #b18ecf95
 def fftconv(
     x: Tensor, # inputs (batch, time, channels)
-    kernel: Tensor, # one for each output and channel (outputs, channels, lags); later lags than there are steps do nothing
+    kernel: Tensor, # one for each output and channel (outputs, channels, lags)
     skip: Tensor | None = None, # weights of the way past the kernel (outputs, channels)
     *,
     bidirectional: bool = False, # is the second half of the kernels for what comes later?
@@ -79,7 +80,8 @@ def fftconv(
     if kernel.dim() != 3 or kernel.shape[1] != x.shape[2] or not kernel.shape[2]:
         raise FieldError('fftconv.kernel', tuple(kernel.shape), f'(outputs, channels {x.shape[2]}, lags)')
     if bidirectional and len(kernel) % 2:
-        raise FieldError('fftconv.kernel', tuple(kernel.shape), 'an even number of outputs: half of them look ahead')
+        allowed = 'an even number of outputs: half of them look ahead'
+        raise FieldError('fftconv.kernel', tuple(kernel.shape), allowed)
     time = x.shape[1]
     kernel = F.pad(kernel[..., :time], (0, max(0, time - kernel.shape[2])))
     if bidirectional: y = _both_ways(x, *kernel.chunk(2))

@@ -151,7 +151,7 @@ def carried(
     state: Tensor, # before the first step, complex (..., channels, d_state)
     method: str = 'zoh', # zoh or bilinear
 ) -> Tensor: # as B of `diagonal_kernel`, complex (..., channels, d_state)
-    "What would have to be written in the first step to be in this state before it; its kernel is what the state adds."
+    "What to write in the first step instead of having this state; its kernel is what the state adds."
     one_of('ssm_kernels.method', method, METHODS[:2])
     a = dt * A
     return state / dt * (a * a.exp() / (a.exp() - 1) if method == 'zoh' else 1 + a / 2)
@@ -189,7 +189,7 @@ def step(
     dB: Tensor, # inputs of a step, complex (channels, d_state)
     dC: Tensor, # how states are read, complex (n, channels, d_state)
 ) -> tuple[Tensor, Tensor]: # outputs (batch, n, channels), and the next states
-    "Run one step; in a diagonal system every state stands for a conjugate pair, in a dense one both are there."
+    "Run one step; in a diagonal system a state stands for a conjugate pair, in a dense one both are there."
     dense = dA.dim() == dB.dim() + 1
     x = ((dA @ x[..., None])[..., 0] if dense else dA * x) + dB * u[..., None]
     y = torch.einsum('nhs,bhs->bnh', dC, x).real
@@ -280,7 +280,8 @@ def dplr_kernel(
     c, s, a, rank = angle.cos(), angle.sin(), dt * A, len(P)
     left, right = torch.cat([B, P]), torch.cat([C, P.conj()])
     v = (left[:, None] * right * dt).movedim(2, 0)          # (channels, left, right, d_state)
-    one_over = 1 / torch.complex(c * c * a.abs().square()[..., None] - 4 * s * s, -4 * s * c * a.real[..., None])
+    size = c * c * a.abs().square()[..., None]
+    one_over = 1 / torch.complex(size - 4 * s * s, -4 * s * c * a.real[..., None])
     tops = torch.stack([4 * v.real, -2 * (v * a.conj()[:, None, None]).real], -2)
     sums = torch.complex(*(tops.flatten(1, 3) @ part for part in (one_over.real, one_over.imag)))
     sums = sums.unflatten(1, tops.shape[1:4])
