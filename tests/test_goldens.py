@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from safetensors.torch import load_file
 
 from looped_nbs.core.batch import Batch, Output
@@ -34,13 +34,18 @@ from looped_nbs.layers.block import Block, FeedForward
 from looped_nbs.layers.fast_weights import SRWM, DeltaRule, ElementwiseLSTM, LinearAttention, RecurrentDelta
 from looped_nbs.layers.modulation import timestep_waves
 from looped_nbs.layers.positions import build_positions
+from looped_nbs.ops import ssm_kernels as ssm
+from looped_nbs.ops.conv import causal_conv1d
 from looped_nbs.ops.delta import DELTA
 from looped_nbs.ops.dynamic_programs import edit_distance as solve_edit_distance
 from looped_nbs.ops.dynamic_programs import edit_table, increasing_chain
+from looped_nbs.ops.fftconv import fftconv
 from looped_nbs.ops.linear_attention import LINEAR_ATTENTION
 from looped_nbs.ops.operator import call, here
 from looped_nbs.ops.recurrent_delta import recurrent_delta
+from looped_nbs.ops.scan import selective_scan
 from looped_nbs.ops.srwm import srwm
+from looped_nbs.ops.wkv import wkv5, wkv6
 from looped_nbs.tasks import (  # noqa: F401, register the tasks
     counting_modular,
     counting_shifted,
@@ -171,11 +176,7 @@ NOT_BUILT = {
         task_deepmind_stack_manipulation
     '''),
     'part 7': _stems('counting', '''
-        mamba op_cauchy op_causal_conv1d_silu op_fftconv op_fftconv_bidirectional op_fftconv_ch2_glu
-        op_fftconv_diag op_hippo_init op_log_vandermonde op_s4_dplr_fourier op_s4_dplr_legs
-        op_s4_dplr_legt_rank2 op_s4_dplr_nssm1_ch2 op_s4block op_s4block_diag_noglu op_s4d_bilinear_inv
-        op_s4d_dss op_s4d_real op_s4d_softplus_dtuntied op_s4d_zoh_lin op_selective_scan op_wkv5 op_wkv6
-        op_wkv6state rwkv5 rwkv5_init rwkv6 rwkv6_init s4 s4_tied train_trace_s4
+        mamba op_s4block op_s4block_diag_noglu rwkv5 rwkv5_init rwkv6 rwkv6_init s4 s4_tied train_trace_s4
     '''),
 }
 
@@ -610,6 +611,197 @@ def check_recurrent_operator(case):
             case.close(gradient, case[f'grad.{name}'], f'{form}: grad.{name}')
 
 
+CHANNELS_FIRST = 'batch channels time -> batch time channels'
+HEADS = 'batch time (heads d) -> batch time heads d'
+WKV = dict.fromkeys(('r', 'k', 'v', 'w'), HEADS) | {'u': 'heads d -> heads d'}
+SCANS = {  # stem: function, pattern of each argument, name of the last state, pattern of the result
+    'op_selective_scan': (selective_scan, {
+        'u': CHANNELS_FIRST, 'delta': CHANNELS_FIRST, 'A': 'd n -> d n', 'B': 'b n t -> b t n',
+        'C': 'b n t -> b t n', 'D': 'd -> d', 'z': CHANNELS_FIRST,
+        'delta_bias': 'd -> d'}, 'last_state', CHANNELS_FIRST),
+    'op_causal_conv1d_silu': (functools.partial(causal_conv1d, activation='silu'), {
+        'x': CHANNELS_FIRST, 'weight': 'd j -> d j', 'bias': 'd -> d'}, '', CHANNELS_FIRST),
+    'op_wkv5': (wkv5, WKV | {'w': 'heads d -> heads d'}, 'final_state', HEADS),
+    'op_wkv6': (wkv6, WKV, 'final_state', HEADS),
+    'op_wkv6state': (wkv6, WKV | {'s': 'heads j i -> batch heads i j'}, 'final_state', HEADS),
+}
+
+
+def check_scan(case):
+    operator, patterns, final, result = SCANS[case.stem.removeprefix('counting/')]
+    given = {n: case[f'in.{n}'].requires_grad_() for n in patterns if f'in.{n}' in case.tensors}
+    axes = {'heads': case.meta['H']} if 'H' in case.meta else {}
+    for form in ('naive', 'chunk', 'auto') if axes else ('naive', 'auto'):
+        arguments = {n: _arranged(given[n], p, axes, case.meta) if n in given else None
+                     for n, p in patterns.items()}
+        start = arguments.pop('s', None)
+        y, state = operator(*arguments.values(), state=start, return_state=True, impl=form)
+        case.close(y, _arranged(case['out.y'], result, axes), f'{form}: out.y')
+        if final: case.close(state, case[f'out.{final}'], f'{form}: out.{final}')
+        loss = (y * _arranged(case['in.loss_weight'], result, axes)).sum()
+        if 'out.loss' in case.tensors: case.close(loss, case['out.loss'], f'{form}: out.loss')
+        for name, gradient in zip(given, torch.autograd.grad(loss, given.values()), strict=True):
+            case.close(gradient, case[f'grad.in.{name}'], f'{form}: grad.in.{name}')
+
+
+def _arranged(x, pattern, axes, meta=None):
+    "A tensor in our layout; one for all examples is repeated."
+    left, right = pattern.split(' -> ')
+    if 'batch' in right and 'batch' not in left: return repeat(x, pattern, batch=meta['B'])
+    return rearrange(x, pattern, **(axes if '(heads' in pattern else {}))
+
+
+def _aligned(x): return x.clone()  # a file may hold pairs of numbers where complex ones must not begin
+
+
+def check_cauchy(case):
+    v, w = (_aligned(case[f'in.{n}']).requires_grad_() for n in 'vw')
+    z = torch.view_as_complex(_aligned(case['in.z']))
+    r = ssm.cauchy(torch.view_as_complex(v), z, torch.view_as_complex(w))
+    case.close(torch.view_as_real(r), case['out.r'], 'out.r')
+    _assert_sum(case, torch.view_as_real(r), 'out.loss', {'in.v': v, 'in.w': w})
+
+
+def check_vandermonde(case):
+    v, x = (_aligned(case[f'in.{n}']).requires_grad_() for n in 'vx')
+    k = ssm.log_vandermonde(torch.view_as_complex(v), torch.view_as_complex(x), case.meta['L'])
+    case.close(k, case['out.k'], 'out.k')
+    _assert_sum(case, k, 'out.loss', {'in.v': v, 'in.x': x})
+
+
+def _assert_sum(case, result, loss, leaves, prefix=''):
+    "The weighted sum of a result, and its gradients, agree."
+    total = (result * case['in.loss_weight']).sum()
+    if loss: case.close(total, case[loss], loss)
+    for name, gradient in zip(leaves, torch.autograd.grad(total, leaves.values()), strict=True):
+        case.close(gradient, case[f'grad.{prefix}{name}'], f'grad.{prefix}{name}')
+
+
+def check_hippo(case):
+    n = case.meta['N']
+    for measure in ssm.MEASURES:
+        A, B = ssm.hippo(measure, n)
+        rank = len(case[f'out.{measure}.P'])
+        P = ssm.low_rank(measure, n, rank)
+        if measure == 'fourier': P = P.float()  # so it is there
+        W, B_in, _ = ssm.eigenvectors(A, B, P)
+        ours = {'A': A, 'B': B[:, None], 'P': P.double(), 'W': torch.view_as_real(W)}
+        for name, x in ours.items(): case.close(x, case[f'out.{measure}.{name}'], f'{measure}: {name}')
+        case.close(B_in.abs(), case[f'out.{measure}.absB_clipped'], f'{measure}: absB')
+    for name in case.tensors:
+        if not name.startswith('out.diag_'): continue
+        A = ssm.diagonal(name.removeprefix('out.diag_').removesuffix('.A'), n)
+        case.close(torch.view_as_real(A)[None].float(), case[name], name)
+
+
+@dataclass
+class System:
+    "A kernel of the published code: parameters, and the system that they stand for."
+    leaves: dict
+    options: dict
+
+    def __post_init__(self):
+        given = {n: _complex(p, n in 'BCP') for n, p in self.leaves.items()}
+        dt = ssm.transform(self.options.get('dt_transform', 'exp'))(given['inv_dt'])
+        rate = ssm.transform(self.options.get('real_transform', 'exp'))(given['A_real'])
+        turn = torch.zeros_like(rate)
+        imaginary = ssm.transform(self.options.get('imag_transform', 'none'))
+        if 'A_imag' in given: turn = imaginary(given['A_imag'])
+        self.dt, self.C, n = dt, given['C'], given['C'].shape[1]
+        self.A, self.B = _each(torch.complex(-rate, -turn), n), _each(given['B'], n)
+        self.P = _each(given['P'], n) if 'P' in given else None
+
+    @property
+    def method(self): return self.options.get('disc', 'zoh')
+
+    def kernel(self, length):
+        if self.P is None:
+            return ssm.diagonal_kernel(self.A, self.B, self.C, self.dt, length, self.method,
+                                       self.options.get('bandlimit'))
+        return ssm.dplr_kernel(self.A, self.B, self.C, self.P, self.dt, length)[0]
+
+    def steps(self):
+        if self.P is None: return ssm.discretise(self.A, self.B[0], self.dt, self.method)
+        return ssm.dplr_matrices(self.A, self.B[0], self.P, self.dt)
+
+
+def _complex(x, is_complex):
+    if not is_complex: return x
+    return torch.view_as_complex(x) if x.dim() == 4 else torch.complex(x, torch.zeros_like(x))
+
+
+def _each(x, channels):
+    "Systems that several channels share."
+    return x.repeat(*[1] * (x.dim() - 2), channels // x.shape[-2], 1)
+
+
+def _system(params, options, length):
+    "The system of a case; what is kept of C belongs to a length, and is made for it where it was not yet."
+    params = {n: _aligned(p) for n, p in params.items()}
+    made = params.pop('l_kernel', None)
+    if made is not None and made != length:
+        assert made == 0
+        system = System(params, options)
+        C = ssm.truncate(system.C, system.steps()[0], length)
+        params['C'] = torch.view_as_real(C.resolve_conj()).clone()
+    return System({n: p.requires_grad_() for n, p in params.items()}, options)
+
+
+def check_kernel(case):
+    length = case.meta['L']
+    system = _system(case.part('param'), case.meta['kwargs'], length)
+    k = system.kernel(length).to(case['out.K'].dtype)  # dss is cut to single precision there
+    case.close(k, case['out.K'], 'out.K')
+    _assert_sum(case, k, 'out.loss', system.leaves)
+    if 'out.after_forward.C' in case.tensors:
+        case.close(system.leaves['C'], case['out.after_forward.C'], 'out.after_forward.C')
+        assert case['out.after_forward.l_kernel'] == length
+    if 'in.u' in case.tensors: _assert_steps(case, system, length)
+    if 'in.state' in case.tensors:
+        state = torch.view_as_complex(_aligned(case['in.state']))
+        write = ssm.carried(system.A, system.dt, state, system.method)[:, None]
+        k = ssm.diagonal_kernel(system.A, write, system.C, system.dt, length, system.method)
+        case.close(k, case['out.K_state'], 'out.K_state')
+
+
+def _assert_steps(case, system, length):
+    "The recurrence, its results and its last state agree."
+    dA, dB = system.steps()
+    dC = system.C if system.P is None else ssm.untruncate(system.C, dA, length)
+    for name, x in (('dA', dA), ('dB', dB), ('dC', dC)):
+        case.close(torch.view_as_real(x.resolve_conj()), case[f'out.{name}'], f'out.{name}')
+    u, ys = case['in.u'], []
+    x = torch.zeros(len(u), *dB.shape, dtype=dB.dtype)
+    for u_t in u.unbind(-1):
+        y, x = ssm.step(x, u_t, dA, dB, dC)
+        ys.append(y)
+    case.close(torch.stack(ys, -1), case['out.step_y'], 'out.step_y')
+    case.close(torch.view_as_real(x), case['out.final_state'], 'out.final_state')
+    if 'out.forward_state' in case.tensors:
+        last = ssm.last_state(u.mT, dA.log(), dB)
+        case.close(torch.view_as_real(last), case['out.forward_state'], 'out.forward_state')
+
+
+def check_fftconv(case):
+    options, x = case.meta['kwargs'], case['in.x'].requires_grad_()
+    assert options['transposed'] and not options['dropout']
+    params = case.part('param')
+    D = params.pop('D').requires_grad_()
+    kernels = {n.removeprefix('kernel.'): p for n, p in params.items()}
+    activation = options.get('activation', 'gelu')
+    for impl in ('fft', 'direct'):
+        system = _system(kernels, options, x.shape[-1])
+        both = options.get('bidirectional', False)
+        y = fftconv(x.mT, system.kernel(x.shape[-1]), D, bidirectional=both, impl=impl)
+        y = rearrange(y, 'batch time n d -> batch (d n) time' if options.get('swap_channels')
+                      else 'batch time n d -> batch (n d) time')
+        activations = {'gelu': F.gelu, 'relu': F.relu, 'glu': functools.partial(F.glu, dim=1)}
+        y = activations[activation](y) if activation else y
+        case.close(y, case['out.y'], 'out.y')
+        leaves = {'in.x': x, 'D': D} | {f'kernel.{n}': p for n, p in system.leaves.items()}
+        _assert_sum(case, y, '', leaves)
+
+
 class Silent(torch.nn.Module):
     "In place of a part of a block: it adds nothing."
     def forward(self, h, **_): return torch.zeros_like(h)
@@ -887,6 +1079,19 @@ BUILT = {
     'counting/metric_get_acc': check_metric,
     **dict.fromkeys(_stems('counting', 'train_trace_ct train_trace_lstm train_trace_rnn'), check_train_trace),
     **dict.fromkeys(COUNTING_FILES, check_counting_file),
+    **dict.fromkeys(_stems('counting', '''
+        op_causal_conv1d_silu op_selective_scan op_wkv5 op_wkv6 op_wkv6state
+    '''), check_scan),
+    'counting/op_cauchy': check_cauchy,
+    'counting/op_hippo_init': check_hippo,
+    'counting/op_log_vandermonde': check_vandermonde,
+    **dict.fromkeys(_stems('counting', '''
+        op_s4_dplr_fourier op_s4_dplr_legs op_s4_dplr_legt_rank2 op_s4_dplr_nssm1_ch2 op_s4d_bilinear_inv
+        op_s4d_dss op_s4d_real op_s4d_softplus_dtuntied op_s4d_zoh_lin
+    '''), check_kernel),
+    **dict.fromkeys(_stems('counting', '''
+        op_fftconv op_fftconv_bidirectional op_fftconv_ch2_glu op_fftconv_diag
+    '''), check_fftconv),
     **{f'linear_fwp/op_{name}': check_fast_weights for name in ('sum', 'delta')},
     'icl/looped_add': check_looped_add,
     **dict.fromkeys(_stems('linear_fwp', '''

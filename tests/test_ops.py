@@ -13,15 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from looped_nbs.ops import build, operator
+from looped_nbs.ops.conv import CAUSAL_CONV1D, CAUSAL_CONV1D_SILU
 from looped_nbs.ops.delta import DELTA
 from looped_nbs.ops.elementwise_lstm import ELEMENTWISE_LSTM
+from looped_nbs.ops.fftconv import CONVOLUTION
 from looped_nbs.ops.linear_attention import LINEAR_ATTENTION
 from looped_nbs.ops.operator import call, check_forms, draw, here, results
 from looped_nbs.ops.recurrent_delta import RECURRENT_DELTA
+from looped_nbs.ops.scan import SELECTIVE_SCAN
 from looped_nbs.ops.srwm import SRWM
+from looped_nbs.ops.wkv import WKV6
 
 HERE = Path(__file__).parent
-CASES = (LINEAR_ATTENTION, DELTA, RECURRENT_DELTA, SRWM, ELEMENTWISE_LSTM)
+CASES = (LINEAR_ATTENTION, DELTA, RECURRENT_DELTA, SRWM, ELEMENTWISE_LSTM, SELECTIVE_SCAN, CAUSAL_CONV1D,
+         CAUSAL_CONV1D_SILU, WKV6, CONVOLUTION)
 each = pytest.mark.parametrize('case', CASES, ids=lambda case: case.name)
 needs_compiler = pytest.mark.skipif('cpu' not in here(DELTA), reason='no compiler')
 CLOSE = {torch.float32: 2e-4, torch.bfloat16: 6e-2}
@@ -65,9 +70,9 @@ def test_half_precision_is_widened(case):
     inputs, states = draw(case, (2, 9, 2, 5, 6), torch.bfloat16)
     given = _state([s.float() for s in states])
     y, state = call(case, tuple(inputs), given, return_state=True)
-    state = state if len(states) == 1 else state[0]
+    finals = (state,) if len(states) == 1 else state
     wide = call(case, tuple(x.float() for x in inputs), given)
-    assert (y.dtype, state.dtype) == (torch.bfloat16, torch.float32)
+    assert y.dtype == torch.bfloat16 and all(s.dtype == torch.float32 for s in finals)
     torch.testing.assert_close(y, wide.bfloat16())
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'MAX_DIM', 'COMPILED', 'OPERATORS', 'SHAPES', 'Operator', 'check', 'choose', 'forward', 'backward', 'call',
-           'forms', 'draw', 'results', 'here', 'check_forms', 'check_steps', 'check_compiled']
+           'forms', 'named_sizes', 'draw', 'results', 'here', 'check_forms', 'check_steps', 'check_compiled']
 
 # %% ../../nbs/01_ops/01_operator.ipynb #e310aaf2
 import ctypes
@@ -37,6 +37,8 @@ class Operator:
     chunk: Callable | None = None # the same in matrix products, where there is such a form
     keeps: dict[str, str] = field(default_factory=dict) # what the forward pass leaves for the backward pass
     partial: dict = field(default_factory=dict) # kind to {argument: words of its gradient before summing}
+    optional: tuple[str, ...] = () # inputs that may be absent
+    derived: dict[str, Callable] = field(default_factory=dict) # size to how it follows from the others
     finite: tuple[str, ...] = () # inputs in which nan and inf are refused (compiled code checks on the CPU)
     flops: Callable | None = None # sizes -> operations a token and head: forward, forward and backward
     sample: Callable | None = None # sizes, generator -> inputs as they occur in training
@@ -47,14 +49,17 @@ class Operator:
         self.arguments, self.n_inputs = (*self.inputs, *self.states), len(self.inputs)
         self.checked, found = {}, {}
         for i, name in enumerate(self.arguments):
-            for axis, word in enumerate(self.words[name]): found.setdefault(word, (i, axis))
+            for axis, word in enumerate(self.words[name]):
+                if word not in self.derived: found.setdefault(word, (i, axis))
         self.fixed = {w: int(w) for words in self.words.values() for w in words if w.isdigit()}
         self.origin = {w: at for w, at in found.items() if w not in self.fixed} # word to argument and axis
         self.op, self.backward_op = _register(self)
         OPERATORS[self.name] = self
 
     def sizes(self, tensors):
-        return {w: tensors[i].shape[axis] for w, (i, axis) in self.origin.items()} | self.fixed
+        return self.whole({w: tensors[i].shape[axis] for w, (i, axis) in self.origin.items()} | self.fixed)
+
+    def whole(self, sizes): return sizes | {w: follows(sizes) for w, follows in self.derived.items()}
 
 # %% ../../nbs/01_ops/01_operator.ipynb #8023a218
 def check(
@@ -63,8 +68,9 @@ def check(
 ) -> dict[str, int]: # sizes by word
     "Refuse tensors of a wrong rank, size, type or device."
     sizes, first = dict(operator.fixed), tensors[0]
-    for name, x in zip(operator.arguments, tensors, strict=True):
-        if x is None and name in operator.states: continue
+    for i, (name, x) in enumerate(zip(operator.arguments, tensors, strict=True)):
+        if i == operator.n_inputs: sizes = operator.whole(sizes)
+        if x is None and (name in operator.states or name in operator.optional): continue
         if not isinstance(x, Tensor):
             raise FieldError(f'{operator.name}.{name}', type(x).__name__, 'a tensor')
         pairs = zip(operator.words[name], x.shape, strict=False)
@@ -75,7 +81,7 @@ def check(
         if x.device != first.device:
             raise FieldError(f'{operator.name}.{name}.device', str(x.device), f'{first.device}')
     for word, n in sizes.items():
-        low, high = (1, MAX_DIM) if word.startswith('d_') else (word == 'time', n)
+        low, high = (1, MAX_DIM) if word.startswith('d_') else (word in ('time', 'width'), n)
         if not low <= n <= high:
             allowed = f'from 1 to {MAX_DIM}' if high < n else 'at least 1'
             raise FieldError(f'{operator.name}: {word}', n, allowed)
@@ -229,30 +235,35 @@ def _schema(operator):
     "Signatures of the registered passes."
     def types(names, kind='Tensor'): return ', '.join(f'{kind} {n}' for n in names)
     finals = [f'final_{n}' for n in operator.states]
-    given = types(operator.inputs) + ', ' + types(operator.states, 'Tensor?')
+    absent = {*operator.optional, *operator.states}
+    given = ', '.join(types([n], 'Tensor?' if n in absent else 'Tensor') for n in operator.arguments)
     results = ', '.join(['Tensor'] * (1 + len(finals) + len(operator.keeps)))
-    left = types([*finals, *operator.keeps]) + ', ' + types([f'grad_{n}' for n in ('y', *finals)], 'Tensor?')
+    left = ', '.join(filter(None, (types([*finals, *operator.keeps]),
+                                   types([f'grad_{n}' for n in ('y', *finals)], 'Tensor?'))))
     gradients = ', '.join(['Tensor'] * len(operator.arguments))
     return f'({given}, bool keep) -> ({results})', f'({given}, {left}) -> ({gradients})'
 
 # %% ../../nbs/01_ops/01_operator.ipynb #cc511921
+def _alone(results): return results if len(results) > 1 else results[0] # as PyTorch wants a single one
+def _tuple(results): return results if isinstance(results, (tuple, list)) else (results,)
+
 def _register(operator):
     "Make the two passes known to PyTorch."
     n, m = len(operator.arguments), len(operator.states)
     def whole(results, like): return tuple(like.new_empty(0) if x is None else x for x in results)
-    def run(*args): return whole(forward(operator, args[:n], args[n]), args[0])
+    def run(*args): return _alone(whole(forward(operator, args[:n], args[n]), args[0]))
     def run_back(*args): return whole(backward(operator, args[:-1 - m], args[-1 - m:]), args[0])
     def shape(*args):
         sizes, like, keep = operator.sizes(args), args[0], args[n]
         new = [_empty(like, sizes, operator.words['y'])]
         new += [_empty(like, sizes, operator.words[w], _state_dtype(like.dtype)) for w in operator.states]
         kept = [_empty(like, sizes, operator.words[w], _state_dtype(like.dtype)) for w in operator.keeps]
-        return *new, *(kept if keep else [like.new_empty(0) for _ in kept])
+        return _alone((*new, *(kept if keep else [like.new_empty(0) for _ in kept])))
     def shape_back(*args):
         return whole([None if x is None else x.new_empty(x.shape) for x in args[:n]], args[0])
     def remember(ctx, inputs, output):
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:n], *output[1:])
+        ctx.save_for_backward(*inputs[:n], *_tuple(output)[1:])
     def differentiate(ctx, *gradients):
         new = made_back(*ctx.saved_tensors, *gradients[:1 + m])
         return *(g if x is not None else None for g, x in zip(new, ctx.saved_tensors[:n], strict=True)), None
@@ -283,7 +294,7 @@ def call(
     sizes = _checked(operator, tensors)
     form = _form(operator.name, impl, inputs[0].device.type, dtype)
     if _widened(dtype, form):
-        tensors = (*(x.float() for x in inputs), *states)
+        tensors = (*(x if x is None else x.float() for x in inputs), *states)
     results = _compiled(operator, tensors) if form in COMPILED else _python(operator, form, tensors, sizes)
     y, finals = results[0].to(dtype), results[1:1 + len(states)]
     return (y, finals[0] if single else finals) if return_state else y
@@ -306,7 +317,7 @@ def _compiled(operator, tensors):
     given = [x for x in tensors if x is not None]
     grad = torch.is_grad_enabled() and any([x.requires_grad for x in given])
     if torch.compiler.is_compiling() or _transforming() or not all([type(x) in _PLAIN for x in given]):
-        return operator.op(*tensors, grad)
+        return _tuple(operator.op(*tensors, grad))
     return _Direct.apply(operator, *tensors) if grad else forward(operator, tensors, False)
 
 def _python(operator, form, tensors, sizes):
@@ -332,6 +343,17 @@ def forms(
 # %% ../../nbs/01_ops/01_operator.ipynb #e2599d44
 SHAPES = ((2, 1, 2, 3, 5), (2, 7, 3, 8, 8), (1, 33, 2, 17, 33), (2, 70, 1, 5, 70)) # batch time heads d_k d_v
 
+def named_sizes(
+    batch: int, # sequences
+    time: int, # steps
+    heads: int, # of each
+    d_k: int, # rows of a state, states of a channel
+    d_v: int, # columns of a state, channels of a head
+) -> dict[str, int]: # sizes by word
+    "Name the sizes of arguments, for operators with heads and for those with channels."
+    channels = {'channels': heads * d_v, 'd_state': d_k, 'width': 2 + d_k % 4}
+    return {'batch': batch, 'time': time, 'heads': heads, 'd_k': d_k, 'd_v': d_v} | channels
+
 def draw(
     operator: Operator, # whose arguments are wanted
     shape: tuple, # batch, time, heads, d_k, d_v
@@ -339,7 +361,7 @@ def draw(
     seed: int = 0, # of the random numbers
 ) -> tuple[list, list]: # inputs and states
     "Draw arguments of an operator, with random states."
-    sizes = dict(zip(('batch', 'time', 'heads', 'd_k', 'd_v'), shape, strict=True)) | operator.fixed
+    sizes = operator.whole(named_sizes(*shape) | operator.fixed)
     generator = torch.Generator().manual_seed(seed)
     inputs = [x.to(dtype) for x in operator.sample(sizes, generator)]
     states = [torch.randn([sizes[w] for w in words.split()], generator=generator, dtype=torch.float64)

@@ -22,12 +22,16 @@ from ..evaluation.report import table
 from ..experiments.run import MODELS, TASKS
 from ..layers.attention import attend
 from ..ops.build import fma_rate
+from ..ops.conv import CAUSAL_CONV1D_SILU
 from ..ops.delta import DELTA
 from ..ops.elementwise_lstm import ELEMENTWISE_LSTM
+from ..ops.fftconv import CONVOLUTION
 from ..ops.linear_attention import LINEAR_ATTENTION
-from ..ops.operator import Operator, call, choose
+from ..ops.operator import Operator, call, choose, named_sizes
 from ..ops.recurrent_delta import RECURRENT_DELTA
+from ..ops.scan import SELECTIVE_SCAN
 from ..ops.srwm import SRWM
+from ..ops.wkv import WKV6
 from ..tasks.counting_lines import families
 from ..tasks.dynamic import DynamicTask
 from ..training.callbacks import MetricLog
@@ -86,8 +90,8 @@ def _labels(task, batch_size):
 
 # %% ../../nbs/09_tools/01_bench.ipynb #93b3fa6c
 def _leaves(operator, length, d):
-    "Arguments of 32 sequences with 4 heads, and gradients of the result."
-    sizes = {'batch': 32, 'time': length, 'heads': 4, 'd_k': d, 'd_v': d}
+    "Arguments of 32 sequences with 4 heads, or as many channels with 16 states, and gradients of the result."
+    sizes = operator.whole(named_sizes(32, length, 4, d, d) | {'d_state': 16, 'width': 4})
     generator = torch.Generator().manual_seed(0)
     leaves = [x.float().requires_grad_() for x in operator.sample(sizes, generator)]
     with torch.no_grad(): y = call(operator, tuple(leaves))
@@ -126,7 +130,8 @@ def _others(operator, length):
     "The forms to compare with: the definition only where there is no chunk form, or time for it."
     return ('auto', 'chunk', 'naive') if length <= 256 or not operator.chunk else ('auto', 'chunk')
 
-OPERATORS = LINEAR_ATTENTION, DELTA, RECURRENT_DELTA, SRWM, ELEMENTWISE_LSTM
+OPERATORS = (LINEAR_ATTENTION, DELTA, RECURRENT_DELTA, SRWM, ELEMENTWISE_LSTM, SELECTIVE_SCAN,
+             CAUSAL_CONV1D_SILU, WKV6, CONVOLUTION)
 
 def bench_ops(
     lengths: tuple = (64, 256, 512, 1024), # time steps

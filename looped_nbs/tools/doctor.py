@@ -18,12 +18,16 @@ import torch
 from .. import __version__
 from ..evaluation.report import table
 from ..ops.build import Unavailable, cache_folder, compiler, cuda_check, isa
+from ..ops.conv import CAUSAL_CONV1D, CAUSAL_CONV1D_SILU
 from ..ops.delta import DELTA
 from ..ops.elementwise_lstm import ELEMENTWISE_LSTM
+from ..ops.fftconv import CONVOLUTION
 from ..ops.linear_attention import LINEAR_ATTENTION
 from ..ops.operator import forms
 from ..ops.recurrent_delta import RECURRENT_DELTA
+from ..ops.scan import SELECTIVE_SCAN
 from ..ops.srwm import SRWM
+from ..ops.wkv import WKV6
 
 # %% ../../nbs/09_tools/02_doctor.ipynb #d8e3bfef
 EXTRAS = {'track': ('wandb',), 'data': ('datasets', 'tokenizers', 'sacrebleu', 'sklearn'), 'sweep': ('ray',),
@@ -37,11 +41,14 @@ def _version(command):
     except (OSError, subprocess.SubprocessError): return ''
     return lines[-1 if command == 'nvcc' else 0] if lines else ''
 
+_OPERATORS = (LINEAR_ATTENTION, DELTA, RECURRENT_DELTA, SRWM, ELEMENTWISE_LSTM, SELECTIVE_SCAN, CAUSAL_CONV1D,
+              CAUSAL_CONV1D_SILU, WKV6, CONVOLUTION)
+
 def _operators():
     "The form of each operator that runs here, by device, with the reason where it is a slower one."
     def text(row): return row['form'] + (f" ({row['reason']})" if row['reason'] else '')
     by_device = {}
-    for row in forms((LINEAR_ATTENTION, DELTA, RECURRENT_DELTA, SRWM, ELEMENTWISE_LSTM)):
+    for row in forms(_OPERATORS):
         by_device.setdefault(row['device'], {})[row['operator']] = text(row)
     return by_device
 

@@ -21,24 +21,11 @@ template <class T, int W> struct Channels {
       n[count] = dim - first[count] < W ? dim - first[count] : W;
     }
   }
-  static V<T, W> get(const T* from, int64_t stride, int n) {
-    if (from && stride == 1 && n == W) return load<T, W>(from);
-    T buffer[W];
-    read(buffer, W, from, stride, n);
-    return load<T, W>(buffer);
-  }
-  static void put(T* to, int64_t stride, const V<T, W>& x, int n) {
-    if (to && stride == 1 && n == W) return store<T, W>(to, x);
-    T buffer[W];
-    store<T, W>(buffer, x);
-    write(to, stride, buffer, n);
-  }
-  static T* move(T* p, int64_t by) { return p ? p + by : p; }
 
   // Register i of a tensor (batch, time, heads, dim), (batch, heads, dim) or (heads, dim)
-  T* step(int at, int time, int i) const { return move(t[at].at<T>(b, time, h[i]), first[i] * t[at].stride[3]); }
-  T* state(int at, int i) const { return move(t[at].at<T>(b, h[i]), first[i] * t[at].stride[2]); }
-  T* weight(int at, int i) const { return move(t[at].at<T>(h[i], 0), first[i] * t[at].stride[1]); }
+  T* step(int at, int time, int i) const { return moved(t[at].at<T>(b, time, h[i]), first[i] * t[at].stride[3]); }
+  T* state(int at, int i) const { return moved(t[at].at<T>(b, h[i]), first[i] * t[at].stride[2]); }
+  T* weight(int at, int i) const { return moved(t[at].at<T>(h[i], 0), first[i] * t[at].stride[1]); }
 };
 
 struct Call : HeadCall {
@@ -57,19 +44,19 @@ struct Forward : Call {
     return each_tile<T, W>([this](const Channels<T, W>& at) {
       V<T, W> c[kRegisters], w_z[kRegisters], w_f[kRegisters];
       for (int i = 0; i < at.count; i++) {
-        c[i] = at.get(at.state(4, i), t[4].stride[2], at.n[i]);
-        w_z[i] = at.get(at.weight(2, i), t[2].stride[1], at.n[i]);
-        w_f[i] = at.get(at.weight(3, i), t[3].stride[1], at.n[i]);
+        c[i] = get<T, W>(at.state(4, i), t[4].stride[2], at.n[i]);
+        w_z[i] = get<T, W>(at.weight(2, i), t[2].stride[1], at.n[i]);
+        w_f[i] = get<T, W>(at.weight(3, i), t[3].stride[1], at.n[i]);
       }
       for (int step = 0; step < time; step++)
         for (int i = 0; i < at.count; i++) {
-          if (t[7].address) at.put(at.step(7, step, i), t[7].stride[3], c[i], at.n[i]);
-          const V<T, W> z = at.get(at.step(0, step, i), t[0].stride[3], at.n[i]) + w_z[i] * c[i];
-          const V<T, W> f = at.get(at.step(1, step, i), t[1].stride[3], at.n[i]) + w_f[i] * c[i];
+          if (t[7].address) put<T, W>(at.step(7, step, i), t[7].stride[3], c[i], at.n[i]);
+          const V<T, W> z = get<T, W>(at.step(0, step, i), t[0].stride[3], at.n[i]) + w_z[i] * c[i];
+          const V<T, W> f = get<T, W>(at.step(1, step, i), t[1].stride[3], at.n[i]) + w_f[i] * c[i];
           c[i] = elementwise_lstm_cell(c[i], hyperbolic<T, W>(z), logistic<T, W>(f));
-          at.put(at.step(5, step, i), t[5].stride[3], c[i], at.n[i]);
+          put<T, W>(at.step(5, step, i), t[5].stride[3], c[i], at.n[i]);
         }
-      for (int i = 0; i < at.count; i++) at.put(at.state(6, i), t[6].stride[2], c[i], at.n[i]);
+      for (int i = 0; i < at.count; i++) put<T, W>(at.state(6, i), t[6].stride[2], c[i], at.n[i]);
     });
   }
 };
@@ -80,27 +67,27 @@ struct Backward : Call {
     return each_tile<T, W>([this](const Channels<T, W>& at) {
       V<T, W> carry[kRegisters], w_z[kRegisters], w_f[kRegisters], dw_z[kRegisters] = {}, dw_f[kRegisters] = {};
       for (int i = 0; i < at.count; i++) {
-        carry[i] = at.get(at.state(8, i), t[8].stride[2], at.n[i]);
-        w_z[i] = at.get(at.weight(2, i), t[2].stride[1], at.n[i]);
-        w_f[i] = at.get(at.weight(3, i), t[3].stride[1], at.n[i]);
+        carry[i] = get<T, W>(at.state(8, i), t[8].stride[2], at.n[i]);
+        w_z[i] = get<T, W>(at.weight(2, i), t[2].stride[1], at.n[i]);
+        w_f[i] = get<T, W>(at.weight(3, i), t[3].stride[1], at.n[i]);
       }
       for (int step = time - 1; step >= 0; step--)
         for (int i = 0; i < at.count; i++) {
-          const V<T, W> c = at.get(at.step(6, step, i), t[6].stride[3], at.n[i]);
-          const V<T, W> z = hyperbolic<T, W>(at.get(at.step(0, step, i), t[0].stride[3], at.n[i]) + w_z[i] * c);
-          const V<T, W> f = logistic<T, W>(at.get(at.step(1, step, i), t[1].stride[3], at.n[i]) + w_f[i] * c);
-          const V<T, W> g = carry[i] + at.get(at.step(7, step, i), t[7].stride[3], at.n[i]);
+          const V<T, W> c = get<T, W>(at.step(6, step, i), t[6].stride[3], at.n[i]);
+          const V<T, W> z = hyperbolic<T, W>(get<T, W>(at.step(0, step, i), t[0].stride[3], at.n[i]) + w_z[i] * c);
+          const V<T, W> f = logistic<T, W>(get<T, W>(at.step(1, step, i), t[1].stride[3], at.n[i]) + w_f[i] * c);
+          const V<T, W> g = carry[i] + get<T, W>(at.step(7, step, i), t[7].stride[3], at.n[i]);
           V<T, W> dz, df;
           carry[i] = elementwise_lstm_backward(c, z, f, w_z[i], w_f[i], g, dz, df);
           dw_z[i] += dz * c;
           dw_f[i] += df * c;
-          at.put(at.step(9, step, i), t[9].stride[3], dz, at.n[i]);
-          at.put(at.step(10, step, i), t[10].stride[3], df, at.n[i]);
+          put<T, W>(at.step(9, step, i), t[9].stride[3], dz, at.n[i]);
+          put<T, W>(at.step(10, step, i), t[10].stride[3], df, at.n[i]);
         }
       for (int i = 0; i < at.count; i++) {
-        at.put(at.state(11, i), t[11].stride[2], dw_z[i], at.n[i]);
-        at.put(at.state(12, i), t[12].stride[2], dw_f[i], at.n[i]);
-        at.put(at.state(13, i), t[13].stride[2], carry[i], at.n[i]);
+        put<T, W>(at.state(11, i), t[11].stride[2], dw_z[i], at.n[i]);
+        put<T, W>(at.state(12, i), t[12].stride[2], dw_f[i], at.n[i]);
+        put<T, W>(at.state(13, i), t[13].stride[2], carry[i], at.n[i]);
       }
     });
   }

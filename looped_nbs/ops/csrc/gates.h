@@ -1,5 +1,9 @@
 // Exponential, tanh, logistic function and softmax of registers on the CPU.
 #pragma once
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include "lanes.h"
 
 template <class T> struct Whole { typedef int32_t Type; };
@@ -33,6 +37,58 @@ template <class T, int W> NBS_SHARED V<T, W> exponential(const V<T, W>& x) {
   return e.scale * e.rest + e.scale;
 }
 
+// 2^x = 2^n 2^r with |r| <= 1/2: the polynomial of least relative error for float, the Taylor polynomial for double.
+template <class T> constexpr T kPowers[] = {0.6931472028550896, 0.24022647912606798, 0.0555033246991928,
+                                            0.009618437459715416, 0.0013398875012183764, 0.00015353337705129217};
+template <> constexpr double kPowers<double>[] = {
+    6.931471805599453e-01, 2.402265069591007e-01, 5.550410866482158e-02, 9.618129107628477e-03, 1.333355814642844e-03,
+    1.540353039338161e-04, 1.525273380405984e-05, 1.321548679014431e-06, 1.017808600923970e-07, 7.054911620801123e-09,
+    4.445538271870812e-10, 2.567843599348821e-11, 1.369148885390413e-12};
+
+template <class T, int W> NBS_SHARED V<T, W> two_to(V<T, W> x) {
+  typedef V<typename Whole<T>::Type, W> I;
+  V<T, W> whole;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(x) == 64 && sizeof(T) == 4) whole = (V<T, W>)_mm512_maskz_roundscale_ps(0xffff, (__m512)x, 8);
+  else if constexpr (sizeof(x) == 64) whole = (V<T, W>)_mm512_maskz_roundscale_pd(0xff, (__m512d)x, 8);
+  else
+#endif
+  {
+    constexpr T limit = sizeof(T) == 4 ? T(126) : T(1022);
+    x = x < -limit ? V<T, W>{} - limit : x > limit ? V<T, W>{} + limit : x;
+    whole = __builtin_convertvector(__builtin_convertvector(x + T(2048.5), I) - 2048, V<T, W>);
+  }
+  const V<T, W> r = x - whole;
+  V<T, W> p = {};
+#pragma GCC unroll 16
+  for (int i = sizeof(kPowers<T>) / sizeof(T) - 1; i >= 0; i--) p = (p + kPowers<T>[i]) * r;
+  p += T(1);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(x) == 64 && sizeof(T) == 4) return (V<T, W>)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)whole);
+  else if constexpr (sizeof(x) == 64) return (V<T, W>)_mm512_maskz_scalef_pd(0xff, (__m512d)p, (__m512d)whole);
+#endif
+  const I bits = (__builtin_convertvector(whole, I) + (sizeof(T) == 4 ? 127 : 1023)) << (sizeof(T) == 4 ? 23 : 52);
+  V<T, W> scale;
+  std::memcpy(&scale, &bits, sizeof(scale));
+  return scale * p;
+}
+
+template <class T> constexpr T kOdd[] = {  // 2 / (2 i + 1)
+    2, 2 / T(3), 2 / T(5), 2 / T(7), 2 / T(9), 2 / T(11), 2 / T(13), 2 / T(15), 2 / T(17), 2 / T(19), 2 / T(21), 2 / T(23),
+    2 / T(25), 2 / T(27), 2 / T(29), 2 / T(31), 2 / T(33), 2 / T(35)};
+constexpr double kLog2E = 1.4426950408889634074;
+
+// log(1 + e^x) and its derivative: log(1 + u) as a series in u / (2 + u), with u = e^-|x| at most 1.
+template <class T, int W> NBS_SHARED V<T, W> softplus(const V<T, W>& x, V<T, W>& slope) {
+  const V<T, W> u = two_to<T, W>((x > 0 ? -x : x) * T(kLog2E));
+  const V<T, W> w = u / (T(2) + u), square = w * w;
+  V<T, W> series = {};
+#pragma GCC unroll 20
+  for (int i = sizeof(T) == 4 ? 7 : 17; i >= 0; i--) series = series * square + kOdd<T>[i];
+  slope = (x > 0 ? V<T, W>{} + T(1) : u) / (T(1) + u);
+  return (x > 0 ? x : V<T, W>{}) + series * w;
+}
+
 template <class T, int W> NBS_SHARED V<T, W> hyperbolic(const V<T, W>& x) {
   const Power<T, W> e = power<T, W>(x + x);
   const V<T, W> less = e.scale * e.rest + (e.scale - T(1));  // e^2x - 1, exact near zero too
@@ -40,7 +96,7 @@ template <class T, int W> NBS_SHARED V<T, W> hyperbolic(const V<T, W>& x) {
 }
 
 template <class T, int W> NBS_SHARED V<T, W> logistic(const V<T, W>& x) {
-  return T(1) / (T(1) + exponential<T, W>(-x));
+  return T(1) / (T(1) + two_to<T, W>(x * T(-kLog2E)));
 }
 
 template <class T, int W> NBS_SHARED T dot(const T* a, const T* b, int n) {

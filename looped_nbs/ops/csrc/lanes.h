@@ -110,6 +110,21 @@ template <class T> NBS_SHARED void write(T* to, int64_t stride, const T* from, i
   else for (int i = 0; i < n; i++) to[i * stride] = from[i];
 }
 
+// A register of n numbers that lie in a tensor; the rest is zero, and so is all of an absent one.
+template <class T, int W> NBS_SHARED V<T, W> get(const T* from, int64_t stride, int n) {
+  if (from && stride == 1 && n == W) return load<T, W>(from);
+  T buffer[W] = {};
+  for (int i = 0; i < W && from; i++)
+    if (i < n) buffer[i] = from[i * stride];
+  return load<T, W>(buffer);
+}
+template <class T, int W> NBS_SHARED void put(T* to, int64_t stride, const V<T, W>& x, int n) {
+  if (to && stride == 1 && n == W) return store<T, W>(to, x);
+  for (int i = 0; i < W && to; i++)
+    if (i < n) to[i * stride] = x[i];
+}
+template <class T> NBS_SHARED T* moved(T* p, int64_t by) { return p ? p + by : p; }
+
 // Ask for n numbers that will be read or written soon: rows of one head lie apart, too far for the processor to guess. They
 // go to the second cache: rows of many tensors, whose addresses differ by a power of two, push each other out of the first.
 template <bool Write = false, class T> NBS_SHARED void ahead(const T* row, int n) {

@@ -6,7 +6,7 @@
 
 #include "tensors.h"
 
-constexpr int kMaxDim = 256, kColumns = 32, kMaxWarps = 4, kMaxTensors = 16;
+constexpr int kMaxDim = 256, kColumns = 32, kMaxWarps = 4, kMaxTensors = 24;
 
 struct Call {
   Tensor t[kMaxTensors];
