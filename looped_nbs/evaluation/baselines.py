@@ -28,11 +28,15 @@ def _checked(xs, ys):
     return xs.to(kind), ys.to(kind)
 
 def _solve(X, y):
-    "Solutions of minimum norm: by QR, and by singular values where QR found fewer directions than it might."
-    found = torch.linalg.lstsq(X, y, driver='gelsy')
-    short = found.rank < min(X.shape[1:])
-    if short.any(): found.solution[short] = torch.linalg.lstsq(X[short], y[short], driver='gelsd').solution
-    return found.solution
+    "Solutions of minimum norm: by QR, and by singular values where QR shows that directions are missing."
+    tall = X if X.shape[1] >= X.shape[2] else X.mT
+    sizes = torch.linalg.qr(tall, mode='r').R.diagonal(dim1=-2, dim2=-1).abs()
+    full = sizes.amin(-1) > sizes.amax(-1) * torch.finfo(X.dtype).eps * tall.shape[1]
+    if full.all(): return torch.linalg.lstsq(X, y, driver='gels').solution
+    w = y.new_zeros(len(y), X.shape[2], 1)
+    for rows, driver in ((full, 'gels'), (~full, 'gelsd')):
+        if rows.any(): w[rows] = torch.linalg.lstsq(X[rows], y[rows], driver=driver).solution
+    return w
 
 def least_squares(
     xs: Tensor, # points (batch, points, n_dims)
@@ -102,7 +106,21 @@ def ridge(
         return (x * torch.linalg.solve(S + penalty, b)).sum(-1)
     return _in_parts(predict, xs, ys)
 
-# %% ../../nbs/06_evaluation/06_baselines.ipynb #183f03c1
+# %% ../../nbs/06_evaluation/06_baselines.ipynb #2c7b0b1e
+def _iterate(step, start, xs, ys, steps, weights=lambda w, b: w):
+    "Predictions while eigencomponents (batch, points, n_dims) are iterated; the largest eigenvalue is scaled to 1."
+    def predict(x, y):
+        S, b = _moments(x, y)
+        sizes, V = torch.linalg.eigh(S)
+        largest = sizes[..., -1:].clamp(min=torch.finfo(x.dtype).tiny)
+        size, b, seen = sizes / largest, (b[..., None, :] @ V)[..., 0, :] / largest, (x[..., None, :] @ V)[..., 0, :]
+        w, found = start(size, b), []
+        for t in range(steps + 1):
+            if t: w = step(w, size, b)
+            found.append((seen * weights(w, b)).sum(-1))
+        return torch.stack(found)
+    return _in_parts(predict, xs, ys)
+
 def gradient_descent(
     xs: Tensor, # points (batch, points, n_dims)
     ys: Tensor, # values (batch, points)
@@ -112,15 +130,8 @@ def gradient_descent(
     "Predict after each step of gradient descent on the squared error of the examples, from w = 0."
     at_least('steps', steps, 0)
     if not 0 < rate < 2: raise FieldError('rate', rate, 'between 0 and 2, ends excluded')
-    def predict(x, y):
-        S, b = _moments(x, y)
-        largest = torch.linalg.eigvalsh(S)[..., -1:].clamp(min=torch.finfo(x.dtype).tiny)
-        w, found = torch.zeros_like(b), []
-        for t in range(steps + 1):
-            found.append((x * w).sum(-1))
-            if t < steps: w = w - rate / largest * ((S @ w[..., None])[..., 0] - b)
-        return torch.stack(found)
-    return _in_parts(predict, xs, ys)
+    def step(w, size, b): return w - rate * (size * w - b)
+    return _iterate(step, lambda size, b: torch.zeros_like(b), xs, ys, steps)
 
 def newton(
     xs: Tensor, # points (batch, points, n_dims)
@@ -129,17 +140,10 @@ def newton(
 ) -> Tensor: # predictions after 0, 1, … steps (steps + 1, batch, points)
     "Predict after each step of Newton's iteration for the inverse of the examples' second moments."
     at_least('steps', steps, 0)
-    def predict(x, y):
-        S, b = _moments(x, y)
-        largest = torch.linalg.eigvalsh(S)[..., -1:].clamp(min=1e-150)
-        M, found = S / largest[..., None] ** 2, []
-        for t in range(steps + 1):
-            found.append((x * (M @ b[..., None])[..., 0]).sum(-1))
-            if t < steps: M = 2 * M - M @ S @ M
-        return torch.stack(found)
-    return _in_parts(predict, xs, ys)
+    def step(m, size, b): return 2 * m - m * size * m
+    return _iterate(step, lambda size, b: size, xs, ys, steps, lambda m, b: m * b)
 
-# %% ../../nbs/06_evaluation/06_baselines.ipynb #66c2f8d7
+# %% ../../nbs/06_evaluation/06_baselines.ipynb #96d37594
 @dataclass(frozen=True)
 class Baseline:
     "A learner with its settings."

@@ -19,17 +19,14 @@ from ..core.errors import FieldError, at_least
 from .baselines import BASELINES, Baseline, _checked
 
 # %% ../../nbs/06_evaluation/06a_fitted_baselines.ipynb #a98f261b
-def _one_prompt(make, X, y):
-    "Predictions for one prompt; a solver that does not converge is an error."
+def _one_prefix(make, X, y, i):
+    "Predictions of value i for every prompt; a solver that does not converge is an error."
     from sklearn.exceptions import ConvergenceWarning
-    found = np.zeros_like(y)
     with warnings.catch_warnings():
         warnings.simplefilter('error', ConvergenceWarning)
-        for i in range(1, len(y)):
-            try: found[i] = make().fit(X[:i], y[:i]).predict(X[i:i + 1])[0]
-            except ConvergenceWarning as e:
-                raise FieldError('baseline', str(make()), f'one that converges ({e})') from None
-    return found
+        try: return [make().fit(x[:i], v[:i]).predict(x[i:i + 1])[0] for x, v in zip(X, y, strict=True)]
+        except ConvergenceWarning as e:
+            raise FieldError('baseline', str(make()), f'one that converges ({e})') from None
 
 def _import_sklearn():
     "Import what fits many things at once, or say how to install it."
@@ -48,10 +45,13 @@ def fit_each(
     "Fit a fresh estimator to every prefix of every prompt and predict the next value."
     Parallel, delayed = _import_sklearn()
     xs, ys = _checked(xs, ys)
-    work = (delayed(_one_prompt)(make, X, y) for X, y in zip(xs.numpy(), ys.numpy(), strict=True))
+    X, y, points = xs.numpy(), ys.numpy(), range(1, ys.shape[1])
+    work = (delayed(_one_prefix)(make, X[:, :i + 1], y[:, :i + 1], i) for i in points)
     done = Parallel(n_jobs=at_least('jobs', jobs, 1), return_as='generator')(work)
-    shown = tqdm(done, 'fit', len(ys), unit='prompt', disable=not progress, mininterval=.5)
-    return torch.from_numpy(np.stack(list(shown)))
+    shown = tqdm(done, 'fit', len(points), unit='point', disable=not progress, mininterval=.5)
+    found = torch.zeros_like(ys)
+    for i, values in zip(points, shown, strict=True): found[:, i] = torch.as_tensor(np.array(values))
+    return found
 
 # %% ../../nbs/06_evaluation/06a_fitted_baselines.ipynb #35d857b8
 def lasso(
@@ -71,7 +71,7 @@ def tree(
     ys: Tensor, # values (batch, points)
     depth: int | None = None, # of the tree; None: as deep as it gets
     signs: bool = False, # fit to the signs of the coordinates
-    seed: int = 0, # breaks ties between splits
+    seed: int | np.random.RandomState = 0, # breaks ties between splits; a generator is used up fit after fit
     **how: object, # jobs, progress
 ) -> Tensor: # predictions (batch, points)
     "Predict by a greedily grown tree."
