@@ -108,12 +108,13 @@ def ridge(
 
 # %% ../../nbs/06_evaluation/06_baselines.ipynb #2c7b0b1e
 def _iterate(step, start, xs, ys, steps, weights=lambda w, b: w):
-    "Predictions while eigencomponents (batch, points, n_dims) are iterated; the largest eigenvalue is scaled to 1."
+    "Predictions while components along eigenvectors are iterated; the largest eigenvalue is made 1."
     def predict(x, y):
         S, b = _moments(x, y)
         sizes, V = torch.linalg.eigh(S)
         largest = sizes[..., -1:].clamp(min=torch.finfo(x.dtype).tiny)
-        size, b, seen = sizes / largest, (b[..., None, :] @ V)[..., 0, :] / largest, (x[..., None, :] @ V)[..., 0, :]
+        size = sizes / largest
+        b, seen = (b[..., None, :] @ V)[..., 0, :] / largest, (x[..., None, :] @ V)[..., 0, :]
         w, found = start(size, b), []
         for t in range(steps + 1):
             if t: w = step(w, size, b)
@@ -155,8 +156,8 @@ BASELINES = {
     'least_squares': Baseline(least_squares), 'averaging': Baseline(averaging),
     'nearest_3': Baseline(nearest), 'nearest_3_by_distance': Baseline(partial(nearest, by_distance=True)),
     'ridge_0.1': Baseline(ridge),
-    **{f'gradient_descent_{t}': Baseline(lambda xs, ys, t=t: gradient_descent(xs, ys, t)[-1]) for t in (1, 5, 20)},
-    **{f'newton_{t}': Baseline(lambda xs, ys, t=t: newton(xs, ys, t)[-1]) for t in (1, 5, 20)},
+    **{f'{method.__name__}_{t}': Baseline(lambda xs, ys, method=method, t=t: method(xs, ys, t)[-1])
+       for method in (gradient_descent, newton) for t in (1, 5, 20)},
 }
 
 def predict(

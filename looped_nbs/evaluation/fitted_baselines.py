@@ -71,7 +71,7 @@ def tree(
     ys: Tensor, # values (batch, points)
     depth: int | None = None, # of the tree; None: as deep as it gets
     signs: bool = False, # fit to the signs of the coordinates
-    seed: int | np.random.RandomState = 0, # breaks ties between splits; a generator is used up fit after fit
+    seed: int | np.random.RandomState = 0, # breaks ties between splits; a generator serves all fits in turn
     **how: object, # jobs, progress
 ) -> Tensor: # predictions (batch, points)
     "Predict by a greedily grown tree."
@@ -96,7 +96,8 @@ def boosted(
     at_least('rate', rate, 0, above=True)
     _import_sklearn()
     from sklearn.ensemble import GradientBoostingRegressor
-    make = partial(GradientBoostingRegressor, max_depth=depth, learning_rate=rate, n_estimators=trees, random_state=0)
+    settings = {'max_depth': depth, 'learning_rate': rate, 'n_estimators': trees}
+    make = partial(GradientBoostingRegressor, **settings, random_state=0)
     return fit_each(make, torch.as_tensor(xs).sign() if signs else xs, ys, **how)
 
 def xgboost(
@@ -113,7 +114,8 @@ def xgboost(
     except ImportError:
         allowed = 'boosted_4, or install it: pip install xgboost-cpu'
         raise FieldError('baseline', 'xgboost', allowed) from None
-    make = partial(XGBRegressor, max_depth=depth, learning_rate=rate, n_estimators=at_least('trees', trees, 1), n_jobs=1)
+    settings = {'max_depth': depth, 'learning_rate': rate, 'n_estimators': at_least('trees', trees, 1)}
+    make = partial(XGBRegressor, **settings, n_jobs=1)
     return fit_each(make, torch.as_tensor(xs).sign() if signs else xs, ys, **how)
 
 # %% ../../nbs/06_evaluation/06a_fitted_baselines.ipynb #6e12130e
@@ -138,7 +140,8 @@ def network(
     progress: bool = False, # show a progress bar
 ) -> Tensor: # predictions (batch, points)
     "Predict by networks of two layers, one trained from scratch for every prompt and prefix."
-    for name, value in (('hidden', hidden), ('steps', steps), ('batch_size', batch_size)): at_least(name, value, 1)
+    for name, value in {'hidden': hidden, 'steps': steps, 'batch_size': batch_size}.items():
+        at_least(name, value, 1)
     xs, ys = (z.float() for z in _checked(xs, ys))
     generator, found = torch.Generator().manual_seed(seed), torch.zeros_like(ys)
     for i in tqdm(range(ys.shape[1]), 'train networks', unit='point', disable=not progress, mininterval=.5):

@@ -35,7 +35,7 @@ def interval(
     generator = generator or torch.Generator().manual_seed(0)
     rows = torch.randint(len(errors), (trials, len(errors)), generator=generator)
     means = torch.stack([errors[r].mean(0) for r in rows]).sort(0).values
-    low, high = (means[int(part * trials)] for part in ((1 - level) / 2, (1 + level) / 2))
+    low, high = (means[int(round(part, 9) * trials)] for part in ((1 - level) / 2, (1 + level) / 2))
     found = {'mean': errors.mean(0), 'std': errors.std(0), 'low': low, 'high': high}
     return {name: value / divisor for name, value in found.items()}
 
@@ -90,7 +90,8 @@ def measure_errors(
     found = {name: [] for name in predictors}
     starts = range(0, at_least('prompts', prompts, 1), at_least('batch_size', batch_size, 1))
     for start in tqdm(starts, 'in context', unit='batch', disable=not progress, mininterval=.5):
-        batch = task.sample(split, seed, ('in context', start), min(batch_size, prompts - start), **difficulty)
+        n = min(batch_size, prompts - start)
+        batch = task.sample(split, seed, ('in context', start), n, **difficulty)
         asked = batch.score_mask[0, ::2].clone()
         for name, predictor in predictors.items():
             found[name].append(_errors(predictor(batch), batch)[:, asked].double())
@@ -125,7 +126,8 @@ def in_context(
         curve = interval(found, divisor, trials, generator=generator)
         columns = (curve[k].tolist() for k in ('mean', 'low', 'high'))
         for i, values in enumerate(zip(*columns, strict=True), last - found.shape[1]):
-            rows.append({'predictor': name, 'examples': i} | dict(zip(('error', 'low', 'high'), values, strict=True))
+            measured = dict(zip(('error', 'low', 'high'), values, strict=True))
+            rows.append({'predictor': name, 'examples': i} | measured
                         | {'unit': stated, 'prompts': len(found)})
     return rows
 
@@ -156,8 +158,10 @@ def plot_in_context(
     for number, name in enumerate(dict.fromkeys(r['predictor'] for r in rows)):
         mine, look = [r for r in rows if r['predictor'] == name], style(number)
         x = [r['examples'] for r in mine]
-        ax.plot(x, [r['error'] for r in mine], label=name.replace('_', ' '), marker='o' * (len(x) == 1), **look)
-        ax.fill_between(x, *([r[k] for r in mine] for k in ('low', 'high')), color=look['color'], alpha=.2, lw=0)
+        low, high = ([r[k] for r in mine] for k in ('low', 'high'))
+        dot = 'o' if len(x) == 1 else ''
+        ax.plot(x, [r['error'] for r in mine], label=name.replace('_', ' '), marker=dot, **look)
+        ax.fill_between(x, low, high, color=look['color'], alpha=.2, lw=0)
     ax.axhline(1, color='grey', lw=1, ls=':')
     if trained is not None: ax.axvline(trained + .5, color='grey', lw=.8, ls='--')
     ax.set(xlabel='examples in context', ylabel=f'{measure} / {rows[0]["unit"]}', title=title)

@@ -36,8 +36,11 @@ from looped_nbs.tasks import (  # noqa: F401  register tasks
     language_counters,
     language_nested,
     language_repeats,
+    networks,
     regression,
     regular,
+    tables,
+    trees,
 )
 from ..tasks.task import TASKS, Task
 from ..training.callbacks import Checkpoints, MetricLog, Progress, WandbLog, import_wandb, restore

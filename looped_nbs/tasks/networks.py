@@ -8,7 +8,7 @@ __all__ = ['NetworkRegression']
 # %% ../../nbs/04_tasks/06b_networks.ipynb #87821f1e
 import numpy as np
 
-from ..core.errors import FieldError, at_least
+from ..core.errors import FieldError
 from .regression import FunctionClass
 from .task import register_task
 
@@ -22,7 +22,8 @@ class NetworkRegression(FunctionClass):
         **fields: object, # of every class of functions
     ):
         super().__init__(**fields)
-        self.hidden, self.sparsity = at_least('hidden', hidden, 1), sparsity or hidden
+        if not 1 <= hidden <= 10_000: raise FieldError('hidden', hidden, 'between 1 and 10000')
+        self.hidden, self.sparsity = hidden, sparsity or hidden
         if not 1 <= self.sparsity <= hidden:
             raise FieldError('sparsity', sparsity, f'between 1 and hidden = {hidden}, or 0 for all')
 

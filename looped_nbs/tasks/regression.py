@@ -132,7 +132,8 @@ class NoisyLinearRegression(LinearRegression):
         **fields: object, # of every class of functions
     ):
         super().__init__(**fields)
-        self.noise = at_least('noise', noise, 0, above=True)
+        if not 0 < noise <= 1000: raise FieldError('noise', noise, 'above 0 and at most 1000')
+        self.noise = noise
 
 # %% ../../nbs/04_tasks/06_regression.ipynb #0615e4a4
 @register_task('sparse_linear_regression')

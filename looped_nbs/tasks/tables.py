@@ -42,7 +42,7 @@ def _sklearn_datasets():
     return datasets
 
 def _bundled(name):
-    "A data set inside scikit-learn; diabetes has no classes, so it is asked whether a value exceeds the median."
+    "A data set inside scikit-learn; for diabetes the class is whether the value exceeds the median."
     X, y = getattr(_sklearn_datasets(), f'load_{name}')(return_X_y=True)
     return X, (y > np.median(y) if name == 'diabetes' else y), [f'column {i}' for i in range(X.shape[1])], ()
 
@@ -60,18 +60,24 @@ def _hub(source):
             local = f'{", ".join(BUNDLED)} or a CSV file: OpenML cannot be reached ({e})'
             raise FieldError('sources', source, local) from None
         except ValueError as e: raise FieldError('sources', source, f'a table of numbers ({e})') from None
-    if not isinstance(found.data, np.ndarray): raise FieldError('sources', source, 'a table that is not sparse')
+    if not isinstance(found.data, np.ndarray):
+        raise FieldError('sources', source, 'a table that is not sparse')
     return found.data, found.target, list(found.feature_names), tuple(found.categories or ())
 
 def _file(source):
     "A CSV file with a header; the last column is the class. What is no number is noted, not refused yet."
     path, categorical = Path(source), set()
     if not path.is_file(): raise FieldError('sources', source, 'a file that exists')
-    with path.open(newline='', encoding='utf-8') as lines: rows = list(csv.reader(lines))
-    if len(rows) < 2 or len(rows[0]) < 2: raise DataError(path, 1, 'no header, no rows, or no column beside the class')
+    try:
+        with path.open(newline='', encoding='utf-8') as lines: rows = list(csv.reader(lines))
+    except (OSError, UnicodeError, csv.Error) as e:
+        raise FieldError('sources', source, f'a CSV file ({e})') from None
+    if len(rows) < 2 or len(rows[0]) < 2:
+        raise DataError(path, 1, 'no header, no rows, or no column beside the class')
     X = np.empty((len(rows) - 1, len(rows[0]) - 1))
     for number, row in enumerate(rows[1:], 2):
-        if len(row) != len(rows[0]): raise DataError(path, number, f'{len(row)} fields, the header has {len(rows[0])}')
+        if len(row) != len(rows[0]):
+            raise DataError(path, number, f'{len(row)} fields, the header has {len(rows[0])}')
         for column, (name, text) in enumerate(zip(rows[0][:-1], row[:-1], strict=True)):
             try: X[number - 2, column] = float('nan' if text.strip() in ('', '?', 'NA') else text)
             except ValueError: categorical.add(name)
@@ -85,7 +91,8 @@ def _usable(source, X, names, categorical, drop):
     bad |= {n: 'has missing values' for n, m in zip(names, missing, strict=True) if m and n not in bad}
     if bad and not drop:
         name, reason = next(iter(bad.items()))
-        raise FieldError('sources', source, f'numbers only, but {name!r} {reason} (--task.drop leaves such columns out)')
+        allowed = f'numbers only, but {name!r} {reason} (--task.drop leaves such columns out)'
+        raise FieldError('sources', source, allowed)
     return [i for i, n in enumerate(names) if n not in bad]
 
 @lru_cache(maxsize=32)
@@ -111,8 +118,11 @@ def split_rows(
     seed: int = 2021, # which rows
 ) -> dict[str, np.ndarray]: # row numbers of train and test
     "Split the rows of a table by a seed."
+    if not 0 <= seed < 2 ** 32: raise FieldError('split_seed', seed, 'between 0 and 4294967295')
     from sklearn.model_selection import train_test_split
-    train, test = train_test_split(np.arange(len(table.y)), test_size=test_share, random_state=seed)
+    try: train, test = train_test_split(np.arange(len(table.y)), test_size=test_share, random_state=seed)
+    except ValueError as e:
+        raise FieldError('test_share', test_share, f'a part that leaves rows ({e})') from None
     return {'train': train, 'test': test}
 
 def scaled(
@@ -163,8 +173,8 @@ class Tables(Task):
 
     def __init__(self, *,
         coding: str = 'prompt_classes', # how a problem is shown
-        sources: tuple[str, ...] = ('breast_cancer', 'diabetes', 'iris', 'wine'), # bundled, openml:ID, FILE.csv
-        held_out: str = 'breast_cancer', # the table that is left for the test
+        sources: tuple[str, ...] = ('breast_cancer', 'diabetes', 'iris', 'wine'), # or openml:NUMBER, FILE.csv
+        test_table: str = 'breast_cancer', # the source that is left for the test
         n_dims: int = 30, # coordinates of a point
         n_points: int = 41, # rows in a training prompt
         test_points: int = 45, # rows in the longest test prompt
@@ -176,17 +186,19 @@ class Tables(Task):
         ordered(n_dims=n_dims)
         ordered(n_points=n_points)
         at_least('test_points', test_points, n_points + 1)
+        _sklearn_datasets()
         if not 0 < test_share < 1: raise FieldError('test_share', test_share, 'a part between 0 and 1')
-        one_of('held_out', held_out, sources)
+        one_of('test_table', test_table, sources)
         self.d_in, self.reads = n_dims, (test_share, split_seed, drop)
-        self.seen = [self._table(s, n_points) for s in dict.fromkeys(sources) if s != held_out]
+        self.seen = [self._table(s, n_points) for s in dict.fromkeys(sources) if s != test_table]
         if not self.seen: raise FieldError('sources', sources, 'at least one table beside the one held out')
-        self.unseen = [self._table(held_out, test_points)]
+        self.unseen = [self._table(test_table, test_points)]
         self.d_out = max(int(table.y.max()) + 1 for table, _ in (*self.seen, *self.unseen))
         shared = 'none: a table that is not trained on, scaled by its own training part'
         window = {'points': n_points}
-        self.splits = {'train': Split(window), 'val': Split(window | {'rows': 'val'}, overlap='none: other rows'),
-                       'test': Split({'points': (n_points + 1, test_points), 'rows': 'test'}, overlap=shared)}
+        tested = {'points': (n_points + 1, test_points), 'rows': 'test'}
+        self.splits = {'train': Split(window), 'test': Split(tested, overlap=shared),
+                       'val': Split(window | {'rows': 'val'}, overlap='none: other rows of the same tables')}
 
 # %% ../../nbs/04_tasks/06d_tables.ipynb #99a3aedb
 @patch

@@ -13,7 +13,7 @@ from .regression import FunctionClass
 from .task import register_task
 
 # %% ../../nbs/04_tasks/06c_trees.ipynb #f6b52198
-_DEEPEST = 16 # 131,071 nodes
+_DEEPEST = 12 # 8,191 nodes
 
 @register_task('decision_tree')
 class TreeRegression(FunctionClass):
@@ -35,7 +35,8 @@ class TreeRegression(FunctionClass):
         trees, nodes = 1 if self.shared else n, 2 ** (self.depth + 1) - 1
         coordinates = rng.integers(0, dims, (trees, nodes))
         values = rng.standard_normal((trees, nodes))
-        return {k: np.broadcast_to(v, (n, nodes)) for k, v in (('coordinates', coordinates), ('values', values))}
+        drawn = {'coordinates': coordinates, 'values': values}
+        return {k: np.broadcast_to(v, (n, nodes)) for k, v in drawn.items()}
 
     def values(self, problem):
         rows = np.arange(len(problem['xs']))[:, None]

@@ -28,6 +28,7 @@ from ..ops.operator import Operator, call, choose
 from ..ops.recurrent_delta import RECURRENT_DELTA
 from ..ops.srwm import SRWM
 from ..tasks.counting_lines import families
+from ..tasks.regression import FunctionClass
 from ..training.callbacks import MetricLog
 from ..training.loop import Trainer
 from ..training.runs import RunFolder
@@ -52,15 +53,16 @@ def load() -> float: # processes waiting, averaged over a minute
     return round(os.getloadavg()[0], 2) if hasattr(os, 'getloadavg') else float('nan')
 
 # %% ../../nbs/09_tools/01_bench.ipynb #2073e5bf
+_PROMPTS = {'n_dims': 20, 'n_points': 101, 'test_points': 102}
+
 def bench_tasks(
     batch_size: int = 1024, # examples in a batch
     length: int = 40, # symbols, for the regular languages
 ) -> list[dict]: # one row per task
-    "Time sampling and encoding of every family of token tasks beside its definition."
+    "Time sampling and encoding of every family of tasks beside its definition; prompts are of full size."
     rows = []
     for name in families():
-        task = TASKS[name]()
-        if task.features: continue
+        task = TASKS[name](**_PROMPTS if issubclass(TASKS[name], FunctionClass) else {})
         fixed = {'length': length} if task.axis == 'length' else {}
         step = iter(range(10**9))
         draw = functools.partial(task.sample, 'train', 0, n=batch_size, **fixed)
