@@ -702,13 +702,16 @@ def _in_context_task(case):
     fields = {'n_dims': cfg['n_dims']}
     given = {k: v.numpy() for k, v in inputs.items() if k not in ('noise_std', 'dt_tensor', 'target_tensor')}
     if name == 'sparse_linear_regression': fields['sparsity'] = min(cfg['sparsity'], cfg['n_dims'])
-    if name == 'noisy_linear_regression': fields['noise'] = case['in.noise_std'].item()
+    if name == 'noisy_linear_regression':
+        fields['noise'] = case['in.noise_std'].item()
+        given['noise'] = fields['noise'] * given['noise']
     if name == 'relu_2nn_regression':
         fields |= {'hidden': cfg['hidden'], 'sparsity': min(cfg['sparsity'], cfg['hidden'])}
     if name == 'decision_tree':
         nodes = inputs['dt_tensor'].shape[1]
         fields |= {'depth': nodes.bit_length() - 1, 'shared': len(inputs['dt_tensor']) == 1}
-        rows = [np.broadcast_to(case[f'in.{k}_tensor'].numpy(), (len(given['xs']), nodes)) for k in ('dt', 'target')]
+        rows = [np.broadcast_to(case[f'in.{k}_tensor'].numpy(), (len(given['xs']), nodes))
+                for k in ('dt', 'target')]
         given |= dict(zip(('coordinates', 'values'), rows, strict=True))
     return TASKS[name](**fields), given
 
@@ -744,12 +747,13 @@ def check_curriculum(case):
     torch.testing.assert_close(ours, case['out.schedule'])
     written = Curriculum([f'{f}:{r.start}:{r.end}:{r.add}:{r.steps}' for f, r in
                           zip(('task.dims', 'task.points', 'model.n_loops'), ramps, strict=True)])
-    last = {'task': {'dims': ramps[0](steps[-1]), 'points': ramps[1](steps[-1])}, 'model': {'n_loops': ramps[2](steps[-1])}}
-    assert written(steps[-1]) == last
+    dims, points, loops = (ramp(steps[-1]) for ramp in ramps)
+    assert written(steps[-1]) == {'task': {'dims': dims, 'points': points}, 'model': {'n_loops': loops}}
 
 
 def check_openml_batch(case):
-    X, y, ids, points = case['in.X'].numpy(), case['in.y'].numpy(), case['in.ids'].numpy(), case.config['NUM_POINTS']
+    X, y, ids = (case[f'in.{k}'].numpy() for k in ('X', 'y', 'ids'))
+    points = case.config['NUM_POINTS']
     n = min(case.config['batch_size'], len(X) // points - 1)
     assert len(ids) == n * points
     ours = as_prompts(Table('published', X, y), ids.reshape(n, points), case.config['n_dims'])
@@ -789,15 +793,15 @@ def check_baselines(case):
         theirs, label = case[f'out.{name}'], case.meta['model_names'].get(name.removesuffix('_pre_sign'), '')
         if name.startswith('xgb_') and importlib.util.find_spec('xgboost') is None: continue
         ours = _published_baseline(name, label, len(ys), case.config)(xs, ys)
-        rough = name.startswith('lasso') or name == 'least_squares'  # tolerance of a solver; near-singular systems
+        rough = name.startswith('lasso') or name == 'least_squares'  # a solver's tolerance; near-singular
         rtol, atol = (1e-3, 1e-3) if rough else TOLERANCE[torch.float32]
-        torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol, msg=lambda m, name=name: f'{name}: {m}')
+        torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol, msg=lambda m, n=name: f'{n}: {m}')
     measured = {n: case[n] for n in case.tensors if n.startswith('out.agg_')}
     for name in {n.removeprefix('out.agg_').rsplit('_mean', 1)[0] for n in measured if n.endswith('_mean')}:
         found = interval((case[f'out.{name}'] - ys).square(), xs.shape[-1], 200,
                          generator=torch.Generator().manual_seed(5))
-        for key, theirs in (('mean', 'mean'), ('std', 'std'), ('low', 'bootstrap_low'), ('high', 'bootstrap_high')):
-            case.close(found[key], case[f'out.agg_{name}_{theirs}'], f'{name}, {key}')
+        for key, prefix in {'mean': '', 'std': '', 'low': 'bootstrap_', 'high': 'bootstrap_'}.items():
+            case.close(found[key], case[f'out.agg_{name}_{prefix}{key}'], f'{name}, {key}')
 
 
 BUILT = {
@@ -831,8 +835,8 @@ BUILT = {
     **{f'linear_fwp/op_{name}': check_fast_weights for name in ('sum', 'delta')},
     'icl/looped_add': check_looped_add,
     **dict.fromkeys(_stems('icl', '''
-        task_linear task_noisy task_sparse task_relu2nn_h100_s100 task_relu2nn_h8_s3 task_dtree_d2 task_dtree_d4
-        task_dtree_shared
+        task_linear task_noisy task_sparse task_relu2nn_h100_s100 task_relu2nn_h8_s3 task_dtree_d2
+        task_dtree_d4 task_dtree_shared
     '''), check_in_context_task),
     **dict.fromkeys(_stems('icl', '''
         baselines_linear baselines_sparse baselines_dtree baselines_relu2nn

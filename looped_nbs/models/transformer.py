@@ -99,7 +99,7 @@ class Transformer(SequenceModel):
     @classmethod
     def from_task(cls, task, coding=None, **fields):
         coding = coding or task.coding
-        if not fields.get('causal', True) and coding in ('prefix', 'multi_hot', 'prompt'):
+        if not fields.get('causal', True) and coding in ('prefix', 'multi_hot', 'prompt', 'prompt_classes'):
             raise FieldError('model.causal', False, f'true for the coding {coding!r}')
         if fields.get('positions') == 'learned' and fields.get('max_len') is None:
             needed = f'at least {task.max_positions()} when positions = learned'
