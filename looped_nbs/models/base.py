@@ -47,7 +47,8 @@ register_model = registrar(MODELS)
 
 class SequenceModel(nn.Module):
     "Read a batch, loop a body over it, read logits out of its states."
-    codings = ('last', 'tape', 'prefix', 'multi_hot', 'prompt', 'prompt_classes') # what this model can be trained on
+    # what this model can be trained on
+    codings = ('last', 'tape', 'prefix', 'multi_hot', 'prompt', 'prompt_classes')
 
     def __init__(self,
         d_in: int, # size of the vocabulary, or width of the features
