@@ -5,12 +5,14 @@ tests/goldens or in the folder that the environment variable LOOPED_NBS_GOLDENS 
 or in NOT_BUILT; in neither, it fails.
 """
 import functools
+import importlib.util
 import json
 import os
 import re
 import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,9 @@ from safetensors.torch import load_file
 
 from looped_nbs.core.batch import Batch, Output
 from looped_nbs.core.config import Optim
+from looped_nbs.evaluation.baselines import averaging, least_squares, nearest, ridge
+from looped_nbs.evaluation.fitted_baselines import lasso, network, tree, xgboost
+from looped_nbs.evaluation.in_context import interval
 from looped_nbs.experiments import (
     fastweight_protocol,
     timestep_published,  # noqa: F401, registers a mixer
@@ -55,9 +60,12 @@ from looped_nbs.tasks import (  # noqa: F401, register the tasks
     language_counters,
     language_nested,
     language_repeats,
+    networks,
+    regression,
     regular,
     subsequences,
     sums,
+    trees,
 )
 from looped_nbs.tasks.codings import CODINGS
 from looped_nbs.tasks.counting import label_counting
@@ -69,7 +77,9 @@ from looped_nbs.tasks.files import to_examples, to_problem
 from looped_nbs.tasks.objectives import Regression, TokenClassification, add_tallies, means
 from looped_nbs.tasks.paired_files import read_pair, read_splits, write_pair
 from looped_nbs.tasks.symbol_lines import read_lines, to_text
+from looped_nbs.tasks.tables import Table, as_prompts, deal
 from looped_nbs.tasks.task import TASKS
+from looped_nbs.training.curriculum import Curriculum, Ramp
 from looped_nbs.training.optim import build_optimiser, learning_rate, set_rate
 
 HERE = Path(__file__).parent/'goldens'
@@ -149,12 +159,9 @@ NOT_BUILT = {
     'part 2': [
     ],
     'part 5': _stems('icl', '''
-        ab baselines_dtree baselines_linear baselines_relu2nn baselines_sparse cls_looped cls_transformer
-        curriculum dilated_intended dilated_upstream ego_feed ego_lastn ego_lastn_pos ego_skip lastn_add
-        lastn_mul looped_mul openml_batch probe_loop_Wols probe_loop_grad probe_unloop_Wols
-        probe_unloop_grad ssm_looped task_dtree_d2 task_dtree_d4 task_dtree_shared task_linear task_noisy
-        task_relu2nn_h100_s100 task_relu2nn_h8_s3 task_sparse train_gpt2 train_gpt2_loop transformer
-        transformer_addinputs tying
+        ab cls_looped cls_transformer dilated_intended dilated_upstream ego_feed ego_lastn ego_lastn_pos
+        ego_skip lastn_add lastn_mul looped_mul probe_loop_Wols probe_loop_grad probe_unloop_Wols
+        probe_unloop_grad ssm_looped train_gpt2 train_gpt2_loop transformer transformer_addinputs tying
     '''),
     'part 6': _stems('chunked', '''
         brt_chunk1 brt_chunk2 brt_chunk4 brt_chunk8 brt_layers2_rec1 dm_encdec_none dm_encdec_rotary
@@ -1041,6 +1048,113 @@ def check_dynamic_task(case):
     length = int(_dynamic_fields(case)['length'])
     drawn = task.draw(np.random.default_rng(0), 4096, length=length)
     assert all(drawn[part].shape[1] == problem[part].shape[1] for part in task.parts)
+def _in_context_task(case):
+    "The task that a case of the in-context study describes, and what describes its functions."
+    cfg, inputs = case.config, case.part('in')
+    name = case.meta['task'].split()[0]
+    fields = {'n_dims': cfg['n_dims']}
+    given = {k: v.numpy() for k, v in inputs.items() if k not in ('noise_std', 'dt_tensor', 'target_tensor')}
+    if name == 'sparse_linear_regression': fields['sparsity'] = min(cfg['sparsity'], cfg['n_dims'])
+    if name == 'noisy_linear_regression':
+        fields['noise'] = case['in.noise_std'].item()
+        given['noise'] = fields['noise'] * given['noise']
+    if name == 'relu_2nn_regression':
+        fields |= {'hidden': cfg['hidden'], 'sparsity': min(cfg['sparsity'], cfg['hidden'])}
+    if name == 'decision_tree':
+        nodes = inputs['dt_tensor'].shape[1]
+        fields |= {'depth': nodes.bit_length() - 1, 'shared': len(inputs['dt_tensor']) == 1}
+        rows = [np.broadcast_to(case[f'in.{k}_tensor'].numpy(), (len(given['xs']), nodes))
+                for k in ('dt', 'target')]
+        given |= dict(zip(('coordinates', 'values'), rows, strict=True))
+    return TASKS[name](**fields), given
+
+
+def check_in_context_task(case):
+    "Published functions have the published values, fast and by definition; our draws have their shape."
+    task, given = _in_context_task(case)
+    theirs, live = case['out.ys'], case.config['n_dims_truncated']
+    problem = given | {'scale': np.ones((len(theirs), 1))}
+    fast = task.values(given) + given.get('noise', 0)
+    case.close(torch.from_numpy(fast).float(), theirs, 'out.ys')
+    if 'W2' in given: problem['W2'] = given['W2'][..., 0]
+    if 'w' in given: problem['w'] = given['w'][..., 0]
+    case.close(torch.from_numpy(task.label(problem)).float(), theirs, 'out.ys, by definition')
+    ours = task.draw(np.random.default_rng(0), len(theirs), points=theirs.shape[1], dims=live)
+    assert ours['xs'].shape == given['xs'].shape and ours['ys'].shape == theirs.shape
+    for name in {'xs', 'w', 'W2', 'coordinates'} & problem.keys():
+        both = [np.asarray(p[name]).reshape(np.shape(ours[name])) for p in (ours, problem)]
+        if name == 'xs': np.testing.assert_array_equal(*((p[..., live:] == 0).all() for p in both))
+        if name == 'W2': assert len({(p != 0).any(0).sum() for p in both}) == 1
+        if name == 'w':
+            most = min(getattr(task, 'sparsity', live), live)
+            assert all((p[:, live:] == 0).all() and ((p != 0).sum(1) <= most).all() for p in both)
+        if name == 'coordinates': assert all(p.max() < task.d_in for p in both)
+    if 'noise' in given: assert case.config['std'] == pytest.approx(task.noise)
+
+
+def check_curriculum(case):
+    ramps = [Ramp('task.x', *(case.config[k][f] for f in ('start', 'end', 'inc', 'interval')))
+             for k in ('dims', 'points', 'loops')]
+    steps = case['out.schedule'][:, 0].tolist()
+    ours = torch.tensor([[step, *(ramp(step) for ramp in ramps)] for step in steps])
+    torch.testing.assert_close(ours, case['out.schedule'])
+    written = Curriculum([f'{f}:{r.start}:{r.end}:{r.add}:{r.steps}' for f, r in
+                          zip(('task.dims', 'task.points', 'model.n_loops'), ramps, strict=True)])
+    dims, points, loops = (ramp(steps[-1]) for ramp in ramps)
+    assert written(steps[-1]) == {'task': {'dims': dims, 'points': points}, 'model': {'n_loops': loops}}
+
+
+def check_openml_batch(case):
+    X, y, ids = (case[f'in.{k}'].numpy() for k in ('X', 'y', 'ids'))
+    points = case.config['NUM_POINTS']
+    n = min(case.config['batch_size'], len(X) // points - 1)
+    assert len(ids) == n * points
+    ours = as_prompts(Table('published', X, y), ids.reshape(n, points), case.config['n_dims'])
+    case.close(torch.from_numpy(ours['xs']), case['out.xs'], 'out.xs')
+    case.close(torch.from_numpy(ours['ys']).float(), case['out.ys'], 'out.ys')
+    dealt = deal(np.random.default_rng(0), np.arange(len(X)), n, points)
+    assert dealt.shape == (n, points) and len(set(dealt.ravel())) == dealt.size
+
+
+def _published_baseline(name, label, n, cfg):
+    "The baseline that a tensor of a case was computed by, with the seeds of the case."
+    rng, signs = np.random.RandomState(0), name.endswith('_pre_sign')
+    if name.startswith('lasso_'): return partial(lasso, alpha=float(name[6:]))
+    if name.startswith('ridge_'): return partial(ridge, alpha=float(name[6:]))
+    if found := re.fullmatch(r'knn(\d+)(_dist)?', name):
+        return partial(nearest, k=int(found[1]), by_distance=bool(found[2]))
+    if found := re.match(r'dtree_(None|\d+)', name):
+        depth = None if found[1] == 'None' else int(found[1])
+        return partial(tree, depth=depth, seed=rng, signs=signs)
+    if name.startswith('xgb_'):
+        settings = re.fullmatch(r'xgboost_depth_(\w+)_lr_([\w.]+)_n_estimators_(\d+)', label).groups()
+        depth, rate, trees = (None if v == 'None' else float(v) for v in settings)
+        return partial(xgboost, depth=depth and int(depth), rate=rate, trees=int(trees), signs=signs)
+    if name.startswith('gd_'):  # published gradients are divided by the number of prompts, ours are not
+        algorithm, rate, size, steps = re.fullmatch(
+            r'gd_model_opt_alg=(\w+)_lr=([\d.e-]+)_batch_size=(\d+)_num_steps=(\d+)', label).groups()
+        kind = {'adam': partial(torch.optim.Adam, lr=float(rate), eps=1e-8 * n),
+                'sgd': partial(torch.optim.SGD, lr=float(rate) / n)}[algorithm]
+        return partial(network, hidden=cfg['hidden_layer_size'], steps=int(steps), batch_size=int(size),
+                       optimiser=kind, seed=77)
+    return {'least_squares': least_squares, 'averaging': averaging}[name]
+
+
+def check_baselines(case):
+    xs, ys = case['in.xs'], case['in.ys']
+    for name in [n.removeprefix('out.') for n in case.tensors if n.startswith('out.') and '.agg_' not in n]:
+        theirs, label = case[f'out.{name}'], case.meta['model_names'].get(name.removesuffix('_pre_sign'), '')
+        if name.startswith('xgb_') and importlib.util.find_spec('xgboost') is None: continue
+        ours = _published_baseline(name, label, len(ys), case.config)(xs, ys)
+        rough = name.startswith('lasso') or name == 'least_squares'  # a solver's tolerance; near-singular
+        rtol, atol = (1e-3, 1e-3) if rough else TOLERANCE[torch.float32]
+        torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol, msg=lambda m, n=name: f'{n}: {m}')
+    measured = {n: case[n] for n in case.tensors if n.startswith('out.agg_')}
+    for name in {n.removeprefix('out.agg_').rsplit('_mean', 1)[0] for n in measured if n.endswith('_mean')}:
+        found = interval((case[f'out.{name}'] - ys).square(), xs.shape[-1], 200,
+                         generator=torch.Generator().manual_seed(5))
+        for key, prefix in {'mean': '', 'std': '', 'low': 'bootstrap_', 'high': 'bootstrap_'}.items():
+            case.close(found[key], case[f'out.agg_{name}_{prefix}{key}'], f'{name}, {key}')
 
 
 BUILT = {
@@ -1094,6 +1208,15 @@ BUILT = {
     '''), check_fftconv),
     **{f'linear_fwp/op_{name}': check_fast_weights for name in ('sum', 'delta')},
     'icl/looped_add': check_looped_add,
+    **dict.fromkeys(_stems('icl', '''
+        task_linear task_noisy task_sparse task_relu2nn_h100_s100 task_relu2nn_h8_s3 task_dtree_d2
+        task_dtree_d4 task_dtree_shared
+    '''), check_in_context_task),
+    **dict.fromkeys(_stems('icl', '''
+        baselines_linear baselines_sparse baselines_dtree baselines_relu2nn
+    '''), check_baselines),
+    'icl/curriculum': check_curriculum,
+    'icl/openml_batch': check_openml_batch,
     **dict.fromkeys(_stems('linear_fwp', '''
         task_D-2 task_D-4 task_aa-star task_aastarbbstar-5 task_abab-star task_boolean-3 task_cab_n_abd
         task_counter-2 task_counter-3 task_crl-1 task_crl-2 task_crl-3 task_crl-5 task_dyck-1 task_dyck-2

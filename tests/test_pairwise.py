@@ -16,17 +16,19 @@ from looped_nbs.training.loop import Trainer
 
 # One name for each class: published names of one family differ in their defaults.
 NAMES = [name for name in families() if name != 'translation']  # which has tests of its own
-TOKENS = [name for name in NAMES if name != 'linear_regression']
+PROMPTS = [name for name in NAMES if TASKS[name].level == 'regression']
+TOKENS = [name for name in NAMES if name not in PROMPTS]
 LANGUAGES = [name for name in TOKENS if name.startswith('language_')]
 REFUSED = {  # (task, coding): the only combinations that may be refused
-    *((task, 'prompt') for task in TOKENS),  # strings are not points and values
+    *((task, coding) for task in TOKENS for coding in ('prompt', 'prompt_classes')),  # no points, no values
     *((task, 'forced') for task in TOKENS if 'forced' not in TASKS[task].codings),
     *((task, 'multi_hot') for task in TOKENS if task not in LANGUAGES),  # answers that are no sets
     *((task, coding) for task in LANGUAGES for coding in ('last', 'tape')),  # whole strings are all accepted
     *((task, 'seq2seq') for task in NAMES),  # one text each
     *((task, 'next_token') for task in NAMES if task != 'text'),  # only a text goes on and on
     *(('text', coding) for coding in CODINGS if coding != 'next_token'),  # and is asked nothing else
-    *(('linear_regression', coding) for coding in CODINGS if coding != 'prompt'),  # nor the other way
+    *((task, coding) for task in PROMPTS for coding in CODINGS  # points and values are no strings
+      if coding != ('prompt_classes' if task == 'tables' else 'prompt')),
 }
 SMALL = {  # used where a task or a model has a field of that name
     'min_length': 3, 'max_length': 5, 'test_length': 7, 'max_count': 4, 'test_count': 6, 'max_total': 9,
@@ -47,7 +49,8 @@ def small(section, cls, **fields):
 
 def experiment(task, coding, model, **fields):
     overrides = {'train.batch_size': 8, 'run.device': 'cpu', 'run.progress': False}
-    overrides |= small('task', TASKS[task], coding=coding) | small('model', MODELS[model], **fields)
+    wide = {'n_dims': 30} if task == 'tables' else {}
+    overrides |= small('task', TASKS[task], coding=coding, **wide) | small('model', MODELS[model], **fields)
     return configure(task=task, model=model, overrides=overrides)
 
 

@@ -52,11 +52,14 @@ from looped_nbs.tasks import (  # noqa: F401  register tasks
     language_modelling,
     language_nested,
     language_repeats,
+    networks,
     regression,
     regular,
     subsequences,
     sums,
+    tables,
     translation,
+    trees,
 )
 from ..tasks.task import TASKS, Task
 from ..training.callbacks import Checkpoints, MetricLog, Progress, WandbLog, import_wandb, restore

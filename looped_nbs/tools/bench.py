@@ -34,6 +34,7 @@ from ..ops.srwm import SRWM
 from ..ops.wkv import WKV6
 from ..tasks.counting_lines import families
 from ..tasks.dynamic import DynamicTask
+from ..tasks.regression import FunctionClass
 from ..training.callbacks import MetricLog
 from ..training.loop import Trainer
 from ..training.runs import RunFolder
@@ -60,16 +61,17 @@ def load() -> float: # processes waiting, averaged over a minute
 # %% ../../nbs/09_tools/01_bench.ipynb #2073e5bf
 _SIZES = {'edit_distance': {'length': 60, 'using': 24}, 'longest_common_subsequence': {'length': 60},
           'longest_increasing_subsequence': {'length': 100, 'number_range': 250}, 'cyk': {'length': 40}}
+_PROMPTS = {'n_dims': 20, 'n_points': 101, 'test_points': 102}
 
 def bench_tasks(
     batch_size: int = 1024, # examples in a batch
     length: int = 40, # symbols, for the regular languages
 ) -> list[dict]: # one row per task
-    "Time sampling and encoding of every family of token tasks beside its definition."
+    "Time sampling and encoding of every family of tasks beside its definition; prompts are of full size."
     rows = []
     for name in families():
-        task = TASKS[name](**_SIZES.get(name, {}))
-        if task.features: continue
+        prompts = issubclass(TASKS[name], FunctionClass)
+        task = TASKS[name](**_PROMPTS if prompts else _SIZES.get(name, {}))
         solver = isinstance(task, DynamicTask)
         fixed = {'length': length} if task.axis == 'length' and not solver else {}
         step = iter(range(10**9))
