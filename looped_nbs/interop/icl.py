@@ -148,7 +148,8 @@ def _kind(family, config, n_layers, selective):
     if selective: raise FieldError('family', family, 'gpt2_loop, where a state space replaces attention')
     if family == 'gpt2_tying':
         only(config, add_inputs_embeds=False)
-        return 'looped_transformer', {'n_loops': whole_number(config, 'n_layer'), 'inject': 'none'}
+        depth = 'n_loops' if config.get('n_layer') is None else 'n_layer'
+        return 'looped_transformer', {'n_loops': whole_number(config, depth), 'inject': 'none'}
     return ('input_fed_transformer' if config.get('add_inputs_embeds') else 'transformer'), {}
 
 def adapt(
