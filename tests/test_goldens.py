@@ -584,7 +584,8 @@ def check_in_context_training(case):
         batch, objective = _prompts(case, step)
         assert len(batch) == config['batch'] and batch.inputs.shape[1] == 2 * wanted[1]
         assert not batch.inputs[:, ::2, wanted[0]:].any()
-        total, count = objective.loss(model(batch, n_loops=wanted[2] if case.stem.endswith('loop') else None), batch)
+        loops = wanted[2] if case.stem.endswith('loop') else None
+        total, count = objective.loss(model(batch, n_loops=loops), batch)
         (total / count).backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
         case.close(total / count, case['out.losses'][step], f'loss of step {step}')

@@ -18,7 +18,8 @@ from looped_nbs.tools.cli import main
 LEAKING = {'looped_leaking'}  # negative control
 SMALL = {'d_model': 16, 'n_heads': 2, 'n_layers': 2, 'n_loops': 4, 'max_len': 32, 'positions': 'learned'}
 VARIANTS = {
-    'looped_transformer': [{'inject': 'multiply'}, {'inject': 'none'}, {'loop_window': 3, 'loop_dilation': 2}],
+    'looped_transformer': [{'inject': 'multiply'}, {'inject': 'none'},
+                           {'loop_window': 3, 'loop_dilation': 2}],
     'loop_variant': [{'keep': 5.}, {'keep': -3.}, {'keep': .5, 'inject': 'multiply'}, {'skip': True},
                      {'turns': True}, {'turns': True, 'skip': True, 'keep': 4.}],
     'looped_leaking': [{'kept': 5}, {'kept': 5, 'inject': 'multiply'}], 'looped_inverted': [{}],
@@ -101,8 +102,9 @@ LOOPS = {'n_loops': 20, 'loop_window': 15}
 INNER = {'norm1': 'ln_1', 'norm2': 'ln_2', 'mixer.qkv': 'attn.c_attn', 'mixer.out': 'attn.c_proj',
          'feedforward.0': 'mlp.c_fc', 'feedforward.3': 'mlp.c_proj', 'mixer.proj': 'ssm.deltaBC_layer',
          'mixer.dt': 'ssm.dt_proj_layer', 'mixer.A_log': 'ssm.A_log', 'mixer.D': 'ssm.D'}
-OUTER = {'embed.': '_read_in.', 'head.': '_read_out.', 'loop.body.positions.table.': '_backbone.transformer.wpe.',
-         'loop.body.norm.': '_backbone.transformer.ln_f.', 'loop.body.layers.': '_backbone.transformer.h.'}
+CORE = '_backbone.transformer.'
+OUTER = {'embed.': '_read_in.', 'head.': '_read_out.', 'loop.body.positions.table.': f'{CORE}wpe.',
+         'loop.body.norm.': f'{CORE}ln_f.', 'loop.body.layers.': f'{CORE}h.'}
 PUBLISHED = [  # our model, its fields, the study's settings
     ('transformer', {'n_layers': 12}, {'family': 'gpt2', 'n_layer': 12}),
     ('input_fed_transformer', {'n_layers': 2}, {'family': 'gpt2', 'n_layer': 2, 'add_inputs_embeds': True}),
@@ -138,8 +140,8 @@ def publish(folder, model, settings):
                 'train_step': 499_000}, folder/'state.pt')
     train = ('task_name', 'n_loop_window', 'add_inputs_embeds', 'dilation', 'dilation_loop_window')
     ramps = {'dims': (5, 20, 1, 5000), 'points': (11, 41, 2, 5000), 'loops': (15, 20, 2, 500)}
-    settings = {'family': 'gpt2_loop', 'n_dims': 20, 'n_positions': 101, 'n_embd': 256, 'n_layer': 1, 'n_head': 8,
-                'pred_type': 'regression', 'task_name': 'linear_regression', 'n_loop_window': 15} | settings
+    settings = {'family': 'gpt2_loop', 'n_dims': 20, 'n_positions': 101, 'n_embd': 256, 'n_layer': 1,
+                'n_head': 8, 'pred_type': 'regression', 'task_name': 'linear_regression', 'n_loop_window': 15} | settings
     config = {'gpu': {'cuda': True, 'n_gpu': 0}, 'out_dir': 'results', 'debug_mode': False,
               'model': {k: v for k, v in settings.items() if k not in train} | {'pretrained_path': None},
               'training': {k: v for k, v in settings.items() if k in train} | {
@@ -207,7 +209,7 @@ def test_fields_of_the_model_stand_for_settings(file, tmp_path, capsys, monkeypa
     (['--settings', 'n_dims=5'], 'n_dims = 5'), (['--settings', 'family=gpt4'], "family = 'gpt4'"),
     (['--settings', 'task_name=quadratic_regression'], "task_name = 'quadratic_regression'"),
 ], ids=str)
-def test_what_contradicts_the_tensors_is_refused_in_one_line(words, message, file, tmp_path, capsys, monkeypatch):
+def test_what_contradicts_the_tensors_is_refused(words, message, file, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = dict(zip(SAID[::2], SAID[1::2], strict=True)) | dict([words])
     line = [w for pair in given.items() for w in pair]
@@ -230,7 +232,8 @@ def test_shapes_that_contradict_each_other_are_refused(file, tmp_path):
 
 
 @pytest.mark.parametrize('words, message', [
-    (['--model.n-loops', '4', '--model.loop-window', '15'], 'model.loop_window = 15: allowed is at most n_loops = 4'),
+    (['--model.n-loops', '4', '--model.loop-window', '15'],
+     'model.loop_window = 15: allowed is at most n_loops = 4'),
     (['--model.n-loops', '4', '--model.loop-window', '3', '--model.loop-dilation', '4'],
      'model.loop_dilation = 4: allowed is less than n_loops = 4'),
     (['--task.n-points', '0'], 'task.n_points = 0'), (['--task.n-dims', '0'], 'task.n_dims = 0'),

@@ -24,7 +24,7 @@ def inverted(
     def schedule(n):
         listed = range(n, -1, -dilation)[:window]
         trained = [t for t in range(n) if t not in listed]
-        if not trained: raise FieldError('loop_window', window, f'less, so that a loop of {n} is left to train')
+        if not trained: raise FieldError('loop_window', window, f'less, so that one of {n} loops is trained')
         return trained, trained
     return schedule
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..core.config import fields_of, read_yaml
 from ..core.errors import FieldError, InputError, one_of
 from .run import TASKS, Run, build, configure, free_path, measure, save
-from . import icl_published, timestep_published  # noqa: F401  register
+from . import timestep_published  # noqa: F401  registers a mixer
 from ..interop import fastweight, icl, timestep
 from ..interop.adapt import Adapted, fill
 from ..tasks.paired_files import read_splits
@@ -114,7 +114,8 @@ def _known_fields(source, weights, settings, task):
     most = max(2, places // 2)
     points = min(settings.get('points.end', 41), most - 1)
     fields = {'n_dims': dims, 'n_points': points, 'test_points': min(most, points + 10)}
-    if task == 'sparse_linear_regression' and 'sparsity' in settings: fields['sparsity'] = settings['sparsity']
+    sparse = task == 'sparse_linear_regression' and 'sparsity' in settings
+    if sparse: fields['sparsity'] = settings['sparsity']
     return {f'task.{k}': v for k, v in fields.items() if k in fields_of(TASKS[task])}
 
 def _in_their_words(source, asked):
@@ -153,7 +154,8 @@ def import_checkpoint(
 
 def _same_shapes(model, adapted, asked):
     "Refuse a field of the model that the tensors contradict."
-    if {n: t.shape for n, t in model.state_dict().items()} == {n: t.shape for n, t in adapted.state.items()}: return
+    ours, theirs = ({n: t.shape for n, t in s.items()} for s in (model.state_dict(), adapted.state))
+    if ours == theirs: return
     for name, value in asked.items():
         shown = adapted.fields.get(name, 'absent')
         if value != shown: raise FieldError(f'model.{name}', value, f'{shown}, as the tensors have it')

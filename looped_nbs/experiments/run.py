@@ -23,9 +23,15 @@ from ..evaluation.generalisation import generalisation, summarise
 from ..evaluation.perplexity import perplexities
 from ..evaluation.report import Table, plot_curves, table
 from ..evaluation.validation import Validate
-from . import chunked, counting, demo, fastweight, icl, icl_published  # noqa: F401  register
+from . import chunked, counting, demo, fastweight, icl  # noqa: F401  registers presets
 from ..layers.loop import settled
-from ..models import encoder_decoder, fast_weights, loop_variants, recurrent, transformer  # noqa: F401  register
+from looped_nbs.models import (  # noqa: F401  register
+    encoder_decoder,
+    fast_weights,
+    loop_variants,
+    recurrent,
+    transformer,
+)
 from ..models.base import MODELS, SequenceModel
 from ..tasks import counting as counting_tasks  # noqa: F401  registers tasks
 from looped_nbs.tasks import (  # noqa: F401  register tasks

@@ -101,7 +101,8 @@ def fill(
     if unknown: raise InputError(f'checkpoint: the model {name!r} has no {min(unknown)}')
     for n, tensor in adapted.state.items():
         theirs, ours = tuple(tensor.shape), tuple(own[n].shape)
-        if theirs != ours: raise InputError(f'checkpoint: {n} has shape {theirs}, the model {name!r} has {ours}')
+        if theirs == ours: continue
+        raise InputError(f'checkpoint: {n} has shape {theirs}, the model {name!r} has {ours}')
     model.load_state_dict(adapted.state)
     return model
 

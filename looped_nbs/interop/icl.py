@@ -60,7 +60,7 @@ def _window(config, fields):
         read = min(wanted, 1 + (n - 1) // step)
         return 'looped_transformer', {'loop_window': read, 'loop_dilation': step if read > 1 else 1}
     listed = min(wanted, 1 + n // step)
-    if listed > n: raise FieldError('n_loop_window', wanted, f'less, so that one of {n} loops is left to train')
+    if listed > n: raise FieldError('n_loop_window', wanted, f'less, so that one of {n} loops is trained')
     return 'looped_inverted', {'loop_window': listed, 'loop_dilation': step if listed > 1 else 1}
 
 def _turns(config, n_layers, fields):
@@ -86,7 +86,8 @@ def _looped(config, n_layers, selective):
     if selective and (leaks or model == 'looped_inverted'):
         raise FieldError('checkpoint', 'ssm', 'attention where states move or the window is inverted')
     if model == 'looped_inverted' and varied:
-        raise FieldError('dilation_loop_window', config['dilation_loop_window'], 'absent beside other changes')
+        step = config['dilation_loop_window']
+        raise FieldError('dilation_loop_window', step, 'absent beside other changes')
     if selective: model = 'selective_transformer'
     elif leaks: model = 'looped_leaking'
     elif varied: model = 'loop_variant'
@@ -105,7 +106,8 @@ def _revealed(params, config, n_layers):
     classes = {'regression': 1, 'classification': 2}
     tied = config.get('family') == 'gpt2_tying'
     shown = {'n_embd': d_model, 'n_dims': d_in, 'n_positions': (places - 1) // 2}
-    if not tied: shown |= {'n_layer': n_layers, 'pred_type': {1: 'regression', 2: 'classification'}.get(outputs)}
+    kind = next((name for name, n in classes.items() if n == outputs), f'{outputs} outputs')
+    if not tied: shown |= {'n_layer': n_layers, 'pred_type': kind}
     if n_layers != 1 and tied: raise FieldError('family', 'gpt2_tying', 'one with a single block of tensors')
     if config.get('pred_type') is not None and not tied: one_of('pred_type', config['pred_type'], classes)
     for name, value in shown.items():
@@ -125,7 +127,8 @@ def _state_space(params, config):
     wide, rank = params[f'{_CORE}h.0.ssm.dt_proj_layer.weight'].shape
     shown = {'d_state': params[f'{_CORE}h.0.ssm.A_log'].shape[1], 'dt_rank': rank, 'dim_inner': wide}
     for name, value in shown.items():
-        if config.get(name, value) != value: raise FieldError(name, config[name], f'{value}, as the tensors have it')
+        if config.get(name, value) == value: continue
+        raise FieldError(name, config[name], f'{value}, as the tensors have it')
     return {'n_heads': 1, 'd_state': shown['d_state'], 'dt_rank': rank}
 
 # %% ../../nbs/07_interop/03_icl.ipynb #6b8efdda
@@ -159,7 +162,8 @@ def adapt(
     "Adapt a checkpoint of the in-context study or of its forks."
     params = {n.removeprefix('_orig_mod.'): t for n, t in params.items()}
     for name in ('_read_in.weight', '_read_out.bias', f'{_CORE}wpe.weight', f'{_CORE}h.0.mlp.c_fc.bias'):
-        if name not in params: raise FieldError('checkpoint', next(iter(params), None), f'a state dict with {name}')
+        if name in params: continue
+        raise FieldError('checkpoint', next(iter(params), None), f'a state dict with {name}')
     n_layers = count_layers(params, f'{_CORE}h.')
     family, selective = _family(config, n_layers), any('.ssm.' in n for n in params)
     config = config | {'family': family}
@@ -171,7 +175,7 @@ def adapt(
     moves += [Move(f'{a}.{kind}', f'{b}.{kind}') for a, b in _OUTER.items() for kind in ('weight', 'bias')]
     model, more = _kind(family, config, n_layers, selective)
     more |= _state_space(params, config) if selective else {'n_heads': whole_number(config, 'n_head')}
-    if d_model % more['n_heads']: raise FieldError('n_head', more['n_heads'], f'a divisor of {d_model}, the width')
+    if d_model % more['n_heads']: raise FieldError('n_head', more['n_heads'], f'a divisor of {d_model}')
     fields |= {'d_model': d_model, 'n_layers': n_layers, 'd_ff': len(params[f'{_CORE}h.0.mlp.c_fc.bias']),
                'activation': 'gelu_tanh', **more}
     return Adapted(model, (d_in, d_out, True), fields, tuple(moves), take(params, moves, computed))

@@ -30,7 +30,7 @@ class InputFedTransformer(Transformer):
 
 @register_model('loop_variant')
 class LoopVariant(LoopedTransformer):
-    "A looped transformer with blocks in turns, a state forgotten in part, or a connection that skips a round."
+    "A looped transformer with blocks in turns, a state forgotten in part, or a skipped round."
     def __init__(self,
         d_in: int, # size of the vocabulary, or width of the features
         d_out: int, # number of classes, or of real values

@@ -202,10 +202,11 @@ def import_verb(
     usage = ('CKPT --source STUDY [--task T] [--out RUN] [--settings NAME=VALUE ...] '
              '[--config SETTINGS.yaml] [--data FOLDER] [--model.FIELD VALUE] [--json]')
     sections = ('task', 'evaluate', 'run')
-    if wants_help: _help('import', usage, configure(task=task or 'parity_check', model='transformer'), sections)
+    shown = configure(task=task or 'parity_check', model='transformer')
+    if wants_help: _help('import', usage, shown, sections)
     if len(words) != 1: raise FieldError('checkpoint', ' '.join(words), 'one file')
     one_of('--source', source or '', SOURCES)
-    beside = Path(words[0]).with_name('config.yaml')  # the study of in-context learning keeps its settings there
+    beside = Path(words[0]).with_name('config.yaml')  # where the in-context study keeps its settings
     if config is None and source == 'icl' and beside.is_file(): config = str(beside)
     settings = read_settings(config or '', settings)
     task = task or default_task(source, settings)
