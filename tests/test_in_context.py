@@ -141,7 +141,8 @@ def publish(folder, model, settings):
     train = ('task_name', 'n_loop_window', 'add_inputs_embeds', 'dilation', 'dilation_loop_window')
     ramps = {'dims': (5, 20, 1, 5000), 'points': (11, 41, 2, 5000), 'loops': (15, 20, 2, 500)}
     settings = {'family': 'gpt2_loop', 'n_dims': 20, 'n_positions': 101, 'n_embd': 256, 'n_layer': 1,
-                'n_head': 8, 'pred_type': 'regression', 'task_name': 'linear_regression', 'n_loop_window': 15} | settings
+                'n_head': 8, 'pred_type': 'regression',
+                'task_name': 'linear_regression', 'n_loop_window': 15} | settings
     config = {'gpu': {'cuda': True, 'n_gpu': 0}, 'out_dir': 'results', 'debug_mode': False,
               'model': {k: v for k, v in settings.items() if k not in train} | {'pretrained_path': None},
               'training': {k: v for k, v in settings.items() if k in train} | {
