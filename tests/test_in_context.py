@@ -95,6 +95,13 @@ def test_dilated_window_keeps_a_gradient_from_its_first_loop():
     assert kept_bytes(model)[1] == {True: 9, False: 11}
 
 
+def test_one_trained_loop_that_is_not_the_last_is_the_one_read_out():
+    model, batch = small('looped_inverted', n_loops=4, loop_window=4).train(), prompt(3)
+    output, every = model(batch), model(batch, return_loops='all')
+    assert output.loop_ids is None and torch.equal(output.logits, every.logits[0])
+    assert torch.equal(model.eval()(batch).logits, every.logits[-1])
+
+
 # Files of the published form
 
 FULL = {'d_model': 256, 'n_heads': 8, 'positions': 'learned', 'max_len': 203, 'activation': 'gelu_tanh'}

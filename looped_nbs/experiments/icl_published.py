@@ -37,7 +37,7 @@ class InvertedWindow(LoopedTransformer):
         features: bool = False, # are inputs features rather than tokens?
         *,
         n_loops: int = 9, # applications of the body in training
-        loop_window: int = 3, # loops without a loss
+        loop_window: int = 2, # loops without a loss
         loop_dilation: int = 1, # distance between them
         **fields: object, # fields of the looped transformer
     ):
