@@ -11,7 +11,7 @@ import os
 import re
 import tempfile
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from looped_nbs.evaluation.fitted_baselines import lasso, network, tree, xgboost
 from looped_nbs.evaluation.in_context import interval
 from looped_nbs.experiments import (
     fastweight_protocol,
+    icl_published,
     timestep_published,  # noqa: F401, registers a mixer
 )
 from looped_nbs.experiments.fastweight import ResidualNormBlock
@@ -156,12 +157,8 @@ COUNTING_FILES = [
 
 # Stems that have cases but no counterpart in the library yet, by the part of the plan that builds them.
 NOT_BUILT = {
-    'part 2': [
-    ],
     'part 5': _stems('icl', '''
-        ab cls_looped cls_transformer dilated_intended dilated_upstream ego_feed ego_lastn ego_lastn_pos
-        ego_skip lastn_add lastn_mul looped_mul probe_loop_Wols probe_loop_grad probe_unloop_Wols
-        probe_unloop_grad ssm_looped train_gpt2 train_gpt2_loop transformer transformer_addinputs tying
+        probe_loop_Wols probe_loop_grad probe_unloop_Wols probe_unloop_grad
     '''),
     'part 6': _stems('chunked', '''
         brt_chunk1 brt_chunk2 brt_chunk4 brt_chunk8 brt_layers2_rec1 dm_encdec_none dm_encdec_rotary
@@ -183,7 +180,8 @@ NOT_BUILT = {
         task_deepmind_stack_manipulation
     '''),
     'part 7': _stems('counting', '''
-        mamba op_s4block op_s4block_diag_noglu rwkv5 rwkv5_init rwkv6 rwkv6_init s4 s4_tied train_trace_s4
+        mamba op_s4block op_s4block_diag_noglu rwkv5 rwkv5_init rwkv6 rwkv6_init s4 s4_tied
+        train_trace_s4
     '''),
 }
 
@@ -495,23 +493,115 @@ def check_counting_file(case):
     if rule == task.define: np.testing.assert_array_equal(task.label(problem), problem['answers'])
 
 
-def check_looped_add(case):
-    params, config = case.part('param'), case.config
-    batch = CODINGS['prompt']()({'xs': case['in.xs'].numpy(), 'ys': case['in.ys'].numpy()}, ())
+IN_CONTEXT = {  # stem: family, where its settings do not tell
+    'ab': 'gpt2_loop_ab', 'tying': 'gpt2_tying', 'train_gpt2': 'gpt2', 'train_gpt2_loop': 'gpt2_loop',
+    **dict.fromkeys(('transformer', 'transformer_addinputs', 'cls_transformer'), 'gpt2'),
+}
 
-    def predictions(output): return output.logits[:, :, ::2, 0]
 
+def _in_context(case, **settings):
+    "The adapted checkpoint of a case, and its model, ready for training."
+    family = IN_CONTEXT.get(case.stem.removeprefix('icl/'), 'gpt2_loop')
+    adapted = icl.adapt(case.part('param'), {'family': family} | case.config | settings)
+    model = build(adapted).train()
+    _assert_moves(case, adapted, model)
+    return adapted, model
+
+
+def _prompts(case, number=''):
+    "Points and values in turn; classes where there are two of them to choose from."
+    problem = {'xs': case[f'in.xs{number}'].numpy(), 'ys': case[f'in.ys{number}'].numpy()}
+    batch = CODINGS['prompt']()(problem, ())
+    if case.config.get('pred_type') != 'classification': return batch, Regression()
+    return replace(batch, targets=batch.targets.long()), TokenClassification()
+
+
+def _answers(logits):
+    "Predictions at the points, of each loop."
+    at_points = logits[..., ::2, :]
+    return at_points[..., 0] if logits.shape[-1] == 1 else at_points
+
+
+def check_in_context(case):
+    (adapted, model), (batch, objective) = _in_context(case), _prompts(case)
+    answers = 'out.logits' if 'out.logits' in case.tensors else 'out.pred'
+    output = _assert_training(case, adapted, model, batch, objective)
+    theirs = case[answers]
+    ours = _answers(output.logits)
+    case.close(ours.reshape(theirs.shape) if ours.numel() == theirs.numel() else ours, theirs, answers)
+    with torch.no_grad(): last = model.eval()(batch).logits
+    read = output.loop_ids or sorted(model.loop.schedule(model.loop.n_loops)[1])
+    if read[-1] == model.loop.n_loops - 1:
+        case.close(_answers(last), theirs.reshape(-1, *_answers(last).shape)[-1], 'the last loop')
+    if 'out.acc_last' in case.tensors:
+        right = output.final.argmax(-1) == batch.targets
+        case.close(right[:, -2].float().mean(), case['out.acc_last'], 'out.acc_last')
+    if 'loops_with_prediction' in case.meta: assert list(read) == case.meta['loops_with_prediction']
+    if 'loop_set_zero_based' in case.config:
+        assert list(read) == case.config['loop_set_zero_based']
+    if 'n_returned' in case.meta: assert len(read) == case.meta['n_returned']
+    if 'out.hidden' in case.tensors: _check_hidden(case, model, batch)
+    if 'in.u' in case.tensors:
+        case.close(model.loop.body.layers[0].mixer(case['in.u'])[0], case['out.ssm_of_u'], 'out.ssm_of_u')
+
+
+def _check_hidden(case, model, batch):
+    "What enters the blocks, what leaves each, and what is read out."
+    case.close(batch.inputs, case['out.zs'], 'out.zs')
+    seen = [model.embed(batch.inputs)]
+    hooks = [layer.register_forward_hook(lambda layer, given, made: seen.append(made[0]))
+             for layer in model.loop.body.layers]
+    with torch.no_grad(): *_, (_, final) = model.states(batch)
+    for hook in hooks: hook.remove()
+    case.close(seen[0], case['out.embeds'], 'out.embeds')
+    case.close(torch.stack(seen), case['out.hidden'], 'out.hidden')
+    case.close(final, case['out.final'], 'out.final')
+
+
+def check_looped(case):
+    batch, objective = _prompts(case)
     for part, loss, grads in (({}, 'loss', 'grad'), ({'n_loop_start': 0}, 'loss_full', 'gradfull')):
-        adapted = icl.adapt(params, config | part)
-        model = build(adapted)
-        _assert_moves(case, adapted, model)
+        adapted, model = _in_context(case, **part)
         with torch.no_grad(): after = model.eval()(batch, return_loops='all')
-        case.close(predictions(after), case['out.pred_all_loops'], 'out.pred_all_loops')
-        output = _assert_training(case, adapted, model.train(), batch, Regression(), loss, grads)
-        if not part: case.close(predictions(output), case['out.pred'], 'out.pred')
-    some = config['n_loops'] - 1
+        case.close(_answers(after.logits), case['out.pred_all_loops'], 'out.pred_all_loops')
+        output = _assert_training(case, adapted, model.train(), batch, objective, loss, grads)
+        if not part:
+            theirs = case['out.pred']
+            case.close(_answers(output.logits).reshape(theirs.shape), theirs, 'out.pred')
+    some = case.config['n_loops'] - 1
     with torch.no_grad(): fewer = model(batch, n_loops=some, return_loops='all')
-    case.close(predictions(fewer), case['out.pred_all_loops'][:some], f'{some} loops')
+    case.close(_answers(fewer.logits), case['out.pred_all_loops'][:some], f'{some} loops')
+
+
+def check_in_context_training(case):
+    config, curriculum = case.config, case.config['curriculum']
+    names = ('task.dims', 'task.points', 'model.n_loops')
+    ramps = [f'{name}:{r["start"]}:{r["end"]}:{r["inc"]}:{r["interval"]}' for name, r in
+             zip(names, (curriculum[k] for k in ('dims', 'points', 'loops')), strict=True)]
+    adapted, model = _in_context(case, n_loops=curriculum['loops']['end'])
+    drawn = build(adapted)
+    icl_published.draw_as_published(drawn, config['seed'])
+    for name, tensor in drawn.state_dict().items(): case.close(tensor, adapted.state[name], f'first {name}')
+    optim = Optim(name='adam', lr=config['lr'], weight_decay=config['weight_decay'], clip_norm=0.)
+    optimiser = build_optimiser(model, optim)
+    for step in range(config['steps']):
+        controls = Curriculum(ramps)(step)
+        wanted = [controls['task']['dims'], controls['task']['points'], controls['model']['n_loops']]
+        assert wanted == case['out.schedule'][step].tolist()
+        batch, objective = _prompts(case, step)
+        assert len(batch) == config['batch'] and batch.inputs.shape[1] == 2 * wanted[1]
+        assert not batch.inputs[:, ::2, wanted[0]:].any()
+        loops = wanted[2] if case.stem.endswith('loop') else None
+        total, count = objective.loss(model(batch, n_loops=loops), batch)
+        (total / count).backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        case.close(total / count, case['out.losses'][step], f'loss of step {step}')
+        case.close(norm, case['out.grad_norm'][step], f'norm of step {step}')
+        optimiser.step()
+        optimiser.zero_grad()
+    final = take(case.part('out.final'), adapted.moves)
+    assert set(final) == set(model.state_dict())
+    for name, tensor in model.state_dict().items(): case.close(tensor, final[name], name)
 
 
 LANGUAGES = {'aastarbbstar': 'runs', 'D': 'd'}  # names of the suite that differ from ours
@@ -1207,7 +1297,6 @@ BUILT = {
         op_fftconv op_fftconv_bidirectional op_fftconv_ch2_glu op_fftconv_diag
     '''), check_fftconv),
     **{f'linear_fwp/op_{name}': check_fast_weights for name in ('sum', 'delta')},
-    'icl/looped_add': check_looped_add,
     **dict.fromkeys(_stems('icl', '''
         task_linear task_noisy task_sparse task_relu2nn_h100_s100 task_relu2nn_h8_s3 task_dtree_d2
         task_dtree_d4 task_dtree_shared
@@ -1217,6 +1306,12 @@ BUILT = {
     '''), check_baselines),
     'icl/curriculum': check_curriculum,
     'icl/openml_batch': check_openml_batch,
+    **dict.fromkeys(_stems('icl', 'looped_add looped_mul'), check_looped),
+    **dict.fromkeys(_stems('icl', '''
+        ab cls_looped cls_transformer dilated_intended dilated_upstream ego_feed ego_lastn ego_lastn_pos
+        ego_skip lastn_add lastn_mul ssm_looped transformer transformer_addinputs tying
+    '''), check_in_context),
+    **dict.fromkeys(_stems('icl', 'train_gpt2 train_gpt2_loop'), check_in_context_training),
     **dict.fromkeys(_stems('linear_fwp', '''
         task_D-2 task_D-4 task_aa-star task_aastarbbstar-5 task_abab-star task_boolean-3 task_cab_n_abd
         task_counter-2 task_counter-3 task_crl-1 task_crl-2 task_crl-3 task_crl-5 task_dyck-1 task_dyck-2

@@ -160,4 +160,4 @@ class ModulatedStack(Stack):
     def carry(self, h, states=None, *, t=0, rows=None, each=None, **where):
         own = rows[t] if rows else self._rows([t])[0]
         if each: own = [row | more for row, more in zip(own, each, strict=True)]
-        return super().carry(h, states, each=own, **where)
+        return super().carry(h, states, each=own, t=t, **where)

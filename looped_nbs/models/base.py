@@ -228,9 +228,9 @@ class SequenceModel(nn.Module):
         logits = {}
         for t, h in self.states(batch, n, cache, **where):
             if t in read: logits[t] = self.read(h)
-        if t not in logits: logits[t] = self.read(h)  # the last one, wherever the loop stopped
+        if not logits: logits[t] = self.read(h)  # the last one, wherever the loop stopped
         aux_loss = self.aux_loss(h, batch)
-        if len(logits) == 1: return Output(logits[t], aux_loss=aux_loss)
+        if len(logits) == 1: return Output(*logits.values(), aux_loss=aux_loss)
         return Output(torch.stack(list(logits.values())), tuple(logits), aux_loss)
 
     def aux_loss(self,

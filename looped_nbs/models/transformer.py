@@ -63,7 +63,7 @@ def _assemble(fields):
     divisors = [i * f.scale_by_depth + 1 for i in range(f.n_layers)]
     scales = [score_scale(f.d_model / f.n_heads, f.scale_by_width, divisor) for divisor in divisors]
     mixers = _mixers(f.mixer, f.d_model, scheme, scales, n_heads=f.n_heads, causal=f.causal,
-                     window=f.window, bias=f.attention_bias)
+                     window=f.window, bias=f.attention_bias, **(f.mixing or {}))
     first, inner = _entrance(f.entrance, scheme, f.d_model, f.dropout)
     return first, _body(f, mixers, inner, NORMS[last](f.d_model), f.dropout)
 
@@ -91,6 +91,7 @@ class Transformer(SequenceModel):
         d_in: int, # size of the vocabulary, or width of the features
         d_out: int, # number of classes, or of real values
         features: bool = False, # are inputs features rather than tokens?
+        mixing: dict | None = None, # further arguments of the mixer
         *,
         d_model: int = 64, # width, a multiple of n_heads
         n_layers: int = 2, # blocks
@@ -144,6 +145,17 @@ class Transformer(SequenceModel):
         return super().from_task(task, coding, **fields)
 
 # %% ../../nbs/03_models/01_transformer.ipynb #c7b31955
+def _check_window(n_loops, window, dilation, loss):
+    "Refuse a window that no loop fills and a dilation that jumps over all loops but the last."
+    at_least('loop_window', window, 0)
+    at_least('loop_dilation', dilation, 1)
+    if window > n_loops: raise FieldError('loop_window', window, f'at most n_loops = {n_loops}')
+    for unfit, allowed in (
+        (loss == 'last', '1 when loop_loss = last'), (window < 2, '1 unless loop_window is 2 or more'),
+        (dilation >= n_loops, f'less than n_loops = {n_loops}, or no loop is left but the last'),
+    ):
+        if unfit and dilation > 1: raise FieldError('loop_dilation', dilation, allowed)
+
 @register_model('looped_transformer')
 class LoopedTransformer(Transformer):
     "One body of few blocks applied many times, with the input injected in every round."
@@ -151,6 +163,7 @@ class LoopedTransformer(Transformer):
         d_in: int, # size of the vocabulary, or width of the features
         d_out: int, # number of classes, or of real values
         features: bool = False, # are inputs features rather than tokens?
+        mixing: dict | None = None, # further arguments of the mixer
         *,
         n_layers: int = 1, # blocks in the body
         n_loops: int = 8, # applications of the body in training
@@ -160,13 +173,10 @@ class LoopedTransformer(Transformer):
         loop_loss: str = 'window', # loops with a loss: all of the window, or the last of it
         **fields: object, # fields of the transformer
     ):
-        super().__init__(d_in, d_out, features, n_layers=n_layers, **fields)
+        super().__init__(d_in, d_out, features, mixing, n_layers=n_layers, **fields)
         one_of('inject', inject, INJECTIONS)
-        at_least('loop_window', loop_window, 0)
-        at_least('loop_dilation', loop_dilation, 1)
         one_of('loop_loss', loop_loss, ['window', 'last'])
-        if loop_loss == 'last' and loop_dilation > 1:
-            raise FieldError('loop_dilation', loop_dilation, '1 when loop_loss = last')
+        _check_window(at_least('n_loops', n_loops, 1), loop_window, loop_dilation, loop_loss)
         schedule = whole
         if loop_window: schedule = last_loops(loop_window, loop_dilation)
         if loop_window and loop_loss == 'last': schedule = truncated(loop_window)

@@ -152,11 +152,12 @@ def bench_ops(
 _CASES = {'transformer': {'d_model': 64, 'n_layers': 5, 'n_heads': 8},
           'looped_transformer': {'d_model': 64, 'n_loops': 5, 'n_heads': 8}, 'lstm': {'d_model': 64}}
 
-def _trainer(model, fields, batch_size, length=40, coding='last', **run):
-    "A trainer on parity at one length."
+def _trainer(model, fields, batch_size, length=40, coding='last', task=None, **run):
+    "A trainer on a task, by default parity at one length."
     protocol = Train(steps=10**9, batch_size=batch_size, log_every=20)
     experiment = Experiment(Named(), Named(), Optim(), protocol, Evaluate(), Run(device='cpu', **run))
-    task = TASKS['parity_check'](min_length=length, max_length=length, test_length=length + 1, coding=coding)
+    fixed = {'min_length': length, 'max_length': length, 'test_length': length + 1, 'coding': coding}
+    task = task or TASKS['parity_check'](**fixed)
     with torch_stream(0, 'init'): built = MODELS[model].from_task(task, **fields)
     return Trainer(built, task, experiment), experiment
 
@@ -223,6 +224,21 @@ def _loop_steps(batch_size, length):
             if 'definition' in how: _explicit(trainer.model.loop.body.layers[0].mixer)
             yield f'{model} {how}'.strip(), _bare(trainer, 1)
 
+def _prompt_steps(d_model):
+    "Steps of the in-context study by name: its looped model, by definition and as it is, and 12 layers."
+    task = TASKS['linear_regression'](n_dims=20, n_points=41, test_points=42)
+    body = {'d_model': d_model, 'n_heads': 8, 'positions': 'learned', 'max_len': 203,
+            'activation': 'gelu_tanh'}
+    loop = body | {'n_layers': 1, 'n_loops': 20, 'loop_window': 15}
+    for name, model, fields, run in (
+        ('by definition', 'looped_transformer', loop, {}), ('', 'looped_transformer', loop, {}),
+        ('fastest linears', 'looped_transformer', loop, {'linears': 'fastest'}),
+        ('12 layers', 'transformer', body | {'n_layers': 12}, {}),
+    ):
+        trainer, _ = _trainer(model, fields, 64, task=task, **run)
+        for block in trainer.model.loop.body.layers if name == 'by definition' else (): _explicit(block.mixer)
+        yield f'in context, {d_model} wide {name}'.strip(), _bare(trainer, 1)
+
 def _in_turns(steps, beside, rounds):
     "Time steps in turns, so that a busy machine slows all alike, and compare each with the first."
     times = {name: [] for name in steps}
@@ -243,14 +259,16 @@ def bench_models(
     threads: int = 2, # as many as there are, at most
     rounds: int = 7, # timed steps of each model
 ) -> list[dict]: # one row per model
-    "Time training steps of the fast-weight and the timestep study's models, beside a reference of each."
+    "Time training steps of three studies' models, beside a reference of each."
     old = torch.get_num_threads()
     torch.set_num_threads(min(threads, os.cpu_count()))
     try:
         study = {m: _bare(_trainer(m, f, batch_size, length, 'prefix')[0], 1) for m, f in _STUDY.items()}
         rows = _in_turns(study, 'encoder_transformer', rounds)
         looped = dict(_loop_steps(2 * batch_size, loop_length))
-        return rows + _in_turns(looped, next(iter(looped)), rounds)
+        rows += _in_turns(looped, next(iter(looped)), rounds)
+        prompts = (dict(_prompt_steps(d_model)) for d_model in (64, 128))
+        return rows + [row for steps in prompts for row in _in_turns(steps, next(iter(steps)), rounds)]
     finally: torch.set_num_threads(old)
 
 # %% ../../nbs/09_tools/01_bench.ipynb #c1a262f7

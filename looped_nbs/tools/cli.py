@@ -199,20 +199,24 @@ def import_verb(
     source, task, config, data = (_take(flags, name) for name in ('source', 'task', 'config', 'data'))
     out, settings, as_json = _take(flags, 'out'), flags.pop('settings', ()), flags.pop('json', None)
     if as_json: raise FieldError('--json', ' '.join(as_json), 'no value')
-    from looped_nbs.experiments.imported import SOURCES, import_checkpoint, read_settings
+    from looped_nbs.experiments.imported import SOURCES, default_task, import_checkpoint, read_settings
     from looped_nbs.experiments.run import configure
-    usage = ('CKPT --source STUDY --task T --out RUN [--settings NAME=VALUE ...] [--config SETTINGS.yaml] '
-             '[--data FOLDER] [--json]')
+    usage = ('CKPT --source STUDY [--task T] [--out RUN] [--settings NAME=VALUE ...] '
+             '[--config SETTINGS.yaml] [--data FOLDER] [--model.FIELD VALUE] [--json]')
     sections = ('task', 'evaluate', 'run')
-    experiment = configure(task=task or 'parity_check', model='transformer')
-    if wants_help: _help('import', usage, experiment, sections)
+    shown = configure(task=task or 'parity_check', model='transformer')
+    if wants_help: _help('import', usage, shown, sections)
     if len(words) != 1: raise FieldError('checkpoint', ' '.join(words), 'one file')
-    if not task: raise FieldError('--task', '', 'the task that the network was trained on, see `looped list`')
-    if not out: raise FieldError('--out', '', 'a folder that does not exist yet')
-    overrides = check_flags(flags, experiment, sections)
     one_of('--source', source or '', SOURCES)
-    run = import_checkpoint(words[0], source, task, out, settings=read_settings(config or '', settings),
-                            data=data or '', overrides=overrides)
+    beside = Path(words[0]).with_name('config.yaml')  # where the in-context study keeps its settings
+    if config is None and source == 'icl' and beside.is_file(): config = str(beside)
+    settings = read_settings(config or '', settings)
+    task = task or default_task(source, settings)
+    if not task: raise FieldError('--task', '', 'the task that the network was trained on, see `looped list`')
+    model = {name: _take(flags, name) for name in list(flags) if name.startswith('model.')}
+    overrides = check_flags(flags, configure(task=task, model='transformer'), sections) | model
+    run = import_checkpoint(words[0], source, task, out or '', settings=settings, data=data or '',
+                            overrides=overrides)
     return _report(run, as_json is not None)
 
 # %% ../../nbs/09_tools/03_cli.ipynb #25d29ab5
