@@ -22,6 +22,8 @@ from safetensors.torch import load_file
 
 from looped_nbs.core.batch import Batch, Output
 from looped_nbs.core.config import Optim
+from looped_nbs.evaluation.probing import TARGETS, Probes, accumulate
+from looped_nbs.evaluation.trace import trace
 from looped_nbs.experiments import (
     fastweight_protocol,
     timestep_published,  # noqa: F401, registers a mixer
@@ -146,9 +148,8 @@ NOT_BUILT = {
     'part 5': _stems('icl', '''
         ab baselines_dtree baselines_linear baselines_relu2nn baselines_sparse cls_looped cls_transformer
         curriculum dilated_intended dilated_upstream ego_feed ego_lastn ego_lastn_pos ego_skip lastn_add
-        lastn_mul looped_mul openml_batch probe_loop_Wols probe_loop_grad probe_unloop_Wols
-        probe_unloop_grad ssm_looped task_dtree_d2 task_dtree_d4 task_dtree_shared task_linear task_noisy
-        task_relu2nn_h100_s100 task_relu2nn_h8_s3 task_sparse train_gpt2 train_gpt2_loop transformer
+        lastn_mul looped_mul openml_batch ssm_looped task_dtree_d2 task_dtree_d4 task_dtree_shared
+        task_linear task_noisy task_relu2nn_h100_s100 task_relu2nn_h8_s3 task_sparse train_gpt2 train_gpt2_loop transformer
         transformer_addinputs tying
     '''),
     'part 6': _stems('chunked', '''
@@ -504,6 +505,40 @@ def check_looped_add(case):
     some = config['n_loops'] - 1
     with torch.no_grad(): fewer = model(batch, n_loops=some, return_loops='all')
     case.close(predictions(fewer), case['out.pred_all_loops'][:some], f'{some} loops')
+
+
+def _probe_tensors(case, prefix, sites):
+    "Tensors of all probes, or their gradients, as ours (sites, targets, ...)."
+    theirs, n_targets = case.part(f'{prefix}.probe'), case.config['n_targets']
+    assert len(theirs) == 5 * len(sites) * n_targets
+    def table(name, turned=False):
+        tensors = [[theirs[name.format(k * len(sites) + s)] for k in range(n_targets)] for s in range(len(sites))]
+        return torch.stack([torch.stack([t.mT if turned else t for t in row]) for row in tensors])
+    maps = {'U': 'layer_probes.{}.0.', 'V': 'layer_probes.{}.2.'}
+    biases = {b: table(f'{maps[w]}bias').unsqueeze(2) for w, b in ('Ua', 'Vb')}
+    weights = {w: table(f'{maps[w]}weight', turned=True) for w in maps}
+    return {'alpha': table('layer_alphas.{}'), **weights, **biases}
+
+
+def check_probe(case):
+    config, looped = case.config, 'probe_loop_' in case.stem
+    settings = config | {'n_loops': config['n_loops'] if looped else 1, 'n_loop_start': 0}
+    model = build(icl.adapt(case.part('param.model'), settings)).eval()
+    batch = CODINGS['prompt']()({'xs': case['in.xs'].numpy(), 'ys': case['in.ys'].numpy()}, ())
+    patterns = ['embedding', f'*.layer.{config["n_layer"] - 1}.h' if looped else '*.layer.*.h']
+    found = dict(trace(model, batch, patterns))
+    assert len(found) == config['n_probe_layers']
+    case.close(torch.stack(list(found.values())), case['out.embeds'], 'out.embeds')
+    target = TARGETS[{'grad': 'gradient', 'Wols': 'least_squares'}[config['target_mode']]]
+    case.close(target(batch.problem), case['out.targets'], 'out.targets')
+    probes = Probes(found, config['n_targets'], batch.inputs.shape[1], config['n_embd'], config['n_dims'],
+                    config['d_hidden'])
+    probes.load_state_dict(_probe_tensors(case, 'param', found))
+    error = accumulate(probes, model, batch, target)
+    case.close(error.T, case['out.p_loss'], 'out.p_loss')
+    case.close(error.mean(), case['out.loss'], 'out.loss')
+    for name, gradient in _probe_tensors(case, 'grad', found).items():
+        case.close(getattr(probes, name).grad, gradient, f'grad of {name}')
 
 
 LANGUAGES = {'aastarbbstar': 'runs', 'D': 'd'}  # names of the suite that differ from ours
@@ -889,6 +924,9 @@ BUILT = {
     **dict.fromkeys(COUNTING_FILES, check_counting_file),
     **{f'linear_fwp/op_{name}': check_fast_weights for name in ('sum', 'delta')},
     'icl/looped_add': check_looped_add,
+    **dict.fromkeys(_stems('icl', '''
+        probe_loop_Wols probe_loop_grad probe_unloop_Wols probe_unloop_grad
+    '''), check_probe),
     **dict.fromkeys(_stems('linear_fwp', '''
         task_D-2 task_D-4 task_aa-star task_aastarbbstar-5 task_abab-star task_boolean-3 task_cab_n_abd
         task_counter-2 task_counter-3 task_crl-1 task_crl-2 task_crl-3 task_crl-5 task_dyck-1 task_dyck-2
