@@ -149,8 +149,8 @@ NOT_BUILT = {
         ab baselines_dtree baselines_linear baselines_relu2nn baselines_sparse cls_looped cls_transformer
         curriculum dilated_intended dilated_upstream ego_feed ego_lastn ego_lastn_pos ego_skip lastn_add
         lastn_mul looped_mul openml_batch ssm_looped task_dtree_d2 task_dtree_d4 task_dtree_shared
-        task_linear task_noisy task_relu2nn_h100_s100 task_relu2nn_h8_s3 task_sparse train_gpt2 train_gpt2_loop transformer
-        transformer_addinputs tying
+        task_linear task_noisy task_relu2nn_h100_s100 task_relu2nn_h8_s3 task_sparse train_gpt2
+        train_gpt2_loop transformer transformer_addinputs tying
     '''),
     'part 6': _stems('chunked', '''
         brt_chunk1 brt_chunk2 brt_chunk4 brt_chunk8 brt_layers2_rec1 dm_encdec_none dm_encdec_rotary
@@ -512,8 +512,8 @@ def _probe_tensors(case, prefix, sites):
     theirs, n_targets = case.part(f'{prefix}.probe'), case.config['n_targets']
     assert len(theirs) == 5 * len(sites) * n_targets
     def table(name, turned=False):
-        tensors = [[theirs[name.format(k * len(sites) + s)] for k in range(n_targets)] for s in range(len(sites))]
-        return torch.stack([torch.stack([t.mT if turned else t for t in row]) for row in tensors])
+        rows = [[name.format(k * len(sites) + s) for k in range(n_targets)] for s in range(len(sites))]
+        return torch.stack([torch.stack([theirs[n].mT if turned else theirs[n] for n in row]) for row in rows])
     maps = {'U': 'layer_probes.{}.0.', 'V': 'layer_probes.{}.2.'}
     biases = {b: table(f'{maps[w]}bias').unsqueeze(2) for w, b in ('Ua', 'Vb')}
     weights = {w: table(f'{maps[w]}weight', turned=True) for w in maps}
