@@ -7,6 +7,7 @@ __all__ = ['round_of', 'spectral_radius', 'stability', 'descent', 'agreement', '
 
 # %% ../../nbs/06_evaluation/09_fixed_points.ipynb #fc2d54c4
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 from matplotlib.figure import Figure
@@ -22,7 +23,7 @@ from ..models.base import SequenceModel
 def round_of(
     model: SequenceModel, # any registered model
     batch: Batch, # what it reads
-    n_loops: int | None = None, # rounds that a body which changes with them prepares for; None: as in training
+    n_loops: int | None = None, # rounds that a changing body prepares for; None: as in training
 ) -> Callable: # f(h, t): the state after round t, from the one before it
     "Take one round out of the loop of a model."
     seen, loop = {}, model.loop
@@ -46,7 +47,7 @@ def spectral_radius(
     at_least('products', products, 2)
     h = h.detach().requires_grad_()
     with torch.enable_grad(): y = f(h)
-    if y.shape != h.shape: raise FieldError('f', tuple(y.shape), f'of the shape of its argument, {tuple(h.shape)}')
+    if y.shape != h.shape: raise FieldError('f', (*y.shape,), f'of the shape of its argument, {(*h.shape,)}')
     if not bool(y.isfinite().all()): raise FieldError('h', 'NaN or infinity', 'finite, before and after f')
     with torch_stream(seed, 'power iteration'): v = torch.randn(h.shape).to(h)
     growth, size = [], lambda v: v.flatten(1).norm(dim=1)
@@ -70,8 +71,8 @@ def stability(
     for batch in batches:
         f = round_of(model, batch, wanted[-1] + 1)
         for n, h, change in _moves(model, batch, wanted[-1]):
-            if n in found: found[n].append((change, spectral_radius(lambda h: f(h, n), h, products, seed)))  # noqa: B023
-        if n < wanted[-1]: raise FieldError('loops', wanted[-1], f'at most {n}, where this model stops by itself')
+            if n in found: found[n].append((change, spectral_radius(partial(f, t=n), h, products, seed)))
+        if n < wanted[-1]: raise FieldError('loops', wanted[-1], f'at most {n}, where this model stops')
     if not found[wanted[0]]: raise FieldError('batches', 'none', 'at least one batch')
     rows = []
     for n in wanted:
@@ -81,6 +82,7 @@ def stability(
                      'expanding': (radius > 1).float().mean().item(), 'prompts': len(radius)})
     return rows
 
+# %% ../../nbs/06_evaluation/09_fixed_points.ipynb #8fde6008
 def _counts(loops):
     "Numbers of rounds, sorted."
     wanted = sorted({at_least('loops', n, 1) for n in loops})
@@ -92,11 +94,11 @@ def _moves(model, batch, n_loops):
     "After each round: its number from 1, the state, and how far it moved, relative to its size."
     old, size = None, lambda h: h.flatten(1).norm(dim=1)
     for t, h in model.states(batch, n_loops):
-        if not bool(h.isfinite().all()): raise FieldError('loops', t + 1, 'fewer: a state holds NaN or infinity')
+        if not bool(h.isfinite().all()): raise FieldError('loops', t + 1, 'fewer: a state is NaN or infinite')
         yield t + 1, h, torch.ones(len(h)).to(h) if old is None else size(h - old) / size(h)
         old = h
 
-# %% ../../nbs/06_evaluation/09_fixed_points.ipynb #9c9628e8
+# %% ../../nbs/06_evaluation/09_fixed_points.ipynb #ee03c870
 def descent(
     problem: dict, # points xs (batch, points, dims) and values ys (batch, points)
     steps: Iterable[int], # numbers of steps
@@ -105,7 +107,8 @@ def descent(
     "Predict by steps of gradient descent on least squares, from zero."
     if not 0 < rate < 2: raise FieldError('rate', rate, 'above 0 and below 2, where descent converges')
     xs, ys = (torch.as_tensor(problem[name]).double().cpu() for name in ('xs', 'ys'))
-    if not bool(xs.isfinite().all() & ys.isfinite().all()): raise FieldError('problem', 'NaN or infinity', 'finite')
+    finite = bool(xs.isfinite().all() & ys.isfinite().all())
+    if not finite: raise FieldError('problem', 'NaN or infinity', 'finite')
     before = lambda each: each.cumsum(1) - each
     gram, pull = before(xs[..., :, None] * xs[..., None, :]), before(xs * ys[..., None])
     values, V = torch.linalg.eigh(gram)
@@ -117,7 +120,7 @@ def descent(
         w = (1 - (1 - rate * share) ** at_least('steps', k, 0)) * inverse * pull
         yield (w * x).sum(-1)
 
-# %% ../../nbs/06_evaluation/09_fixed_points.ipynb #2b3a7648
+# %% ../../nbs/06_evaluation/09_fixed_points.ipynb #456fa8c9
 @torch.no_grad()
 def agreement(
     model: SequenceModel, # trained on linear functions in context
@@ -145,14 +148,17 @@ def agreement(
              'distances': far[:-1].tolist(), 'prompts': count}
             for n, far, e in zip(wanted, distance, error, strict=True)]
 
+# %% ../../nbs/06_evaluation/09_fixed_points.ipynb #18ff68f9
 def _descended(batch, steps, rate):
     "The right answers (batch, points), and those of descent (steps, batch, points)."
-    if not {'xs', 'ys'} <= set(batch.problem or {}): raise FieldError('batches', 'no xs and ys', 'prompts of points and values')
+    if not {'xs', 'ys'} <= set(batch.problem or {}):
+        raise FieldError('batches', 'no xs and ys', 'prompts of points and values')
     targets = torch.as_tensor(batch.problem['ys']).double()
-    if int(batch.score_mask.sum()) != targets.numel(): raise FieldError('batches', 'unscored points', 'prompts scored at every point')
+    if int(batch.score_mask.sum()) != targets.numel():
+        raise FieldError('batches', 'unscored points', 'prompts scored at every point')
     return targets, torch.stack(list(descent(batch.problem, steps, rate)))
 
-# %% ../../nbs/06_evaluation/09_fixed_points.ipynb #e843203b
+# %% ../../nbs/06_evaluation/09_fixed_points.ipynb #7d9f3428
 def plot_stability(
     curves: dict[str, list[dict]], # label to rows of `stability`
     title: str = '', # what the figure shows
@@ -172,6 +178,7 @@ def plot_stability(
     ax.legend(fontsize=7)
     return ax.figure
 
+# %% ../../nbs/06_evaluation/09_fixed_points.ipynb #193aebac
 def plot_agreement(
     rows: list[dict], # of `agreement`
     steps: Iterable[int], # with which they were made
@@ -185,5 +192,6 @@ def plot_agreement(
     image = ax.pcolormesh(loops, steps, far.clamp_min(1e-9).log10(), cmap='cividis', shading='nearest')
     ax.plot(loops, [r['nearest'] for r in rows], 'o-', color='white', ms=3, lw=1)
     ax.set(xlabel='rounds', ylabel='steps of descent', title=title)
+    ax.locator_params(axis='x', integer=True)
     ax.figure.colorbar(image, ax=ax, label='log10 of squared distance')
     return ax.figure

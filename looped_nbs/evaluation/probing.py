@@ -7,7 +7,6 @@ __all__ = ['TARGETS', 'gradients', 'least_squares_weights', 'Probes', 'errors', 
            'with_ones', 'plot_probes']
 
 # %% ../../nbs/06_evaluation/08_probing.ipynb #46c0773f
-import math
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
@@ -59,8 +58,8 @@ class Probes(nn.Module):
         probes = len(self.sites), at_least('targets', n_targets, 1)
         at_least('d_hidden', d_hidden, 1)
         self.alpha = nn.Parameter(torch.randn(*probes, time))
-        self.U, self.a = (self._uniform(d_model, *probes, *size) for size in ((d_model, d_hidden), (1, d_hidden)))
-        self.V, self.b = (self._uniform(d_hidden, *probes, *size) for size in ((d_hidden, d_target), (1, d_target)))
+        self.U, self.a = (self._uniform(d_model, *probes, n, d_hidden) for n in (d_model, 1))
+        self.V, self.b = (self._uniform(d_hidden, *probes, n, d_target) for n in (d_hidden, 1))
 
     def _uniform(self, fan_in, *size):
         "The initial values of torch's linear maps."
@@ -78,6 +77,7 @@ class Probes(nn.Module):
         z = torch.relu(z @ w['U'] + w['a'])
         return z @ w['V'] + w['b']
 
+# %% ../../nbs/06_evaluation/08_probing.ipynb #d36c37e2
 def errors(
     read: Tensor, # what probes read (sites, targets, batch, d_target)
     targets: Tensor, # (targets, batch, d_target)
@@ -85,7 +85,7 @@ def errors(
     "Average squared errors over coordinates and targets."
     return (read - targets).square().mean((1, 3))
 
-# %% ../../nbs/06_evaluation/08_probing.ipynb #7ce211f1
+# %% ../../nbs/06_evaluation/08_probing.ipynb #ec8a25d5
 _GROUP = 2 ** 26 # values of states that are held at once (256 MB)
 
 def _groups(model, batch, sites, n_loops):
@@ -107,18 +107,20 @@ def _check_states(name, h, held):
         raise FieldError('sites', name, 'all of one shape; this one is wider or narrower than others')
     if not bool(h.isfinite().all()): raise FieldError('sites', name, 'finite; this one holds NaN or infinity')
 
+# %% ../../nbs/06_evaluation/08_probing.ipynb #58cbf62e
 def _targets(target, batch, like):
     "The targets of a batch, as the states are stored."
     if not callable(target): raise FieldError('target', target, f'a function of a problem, such as {_NAMES}')
     if batch.problem is None: raise FieldError('target', None, 'for batches that know their problem')
     found = target(batch.problem)
-    if found.dim() != 3: raise FieldError('target', tuple(found.shape), 'of the shape (targets, batch, width)')
+    shape = tuple(found.shape)
+    if len(shape) != 3: raise FieldError('target', shape, 'of the shape (targets, batch, width)')
     if not bool(found.isfinite().all()): raise FieldError('target', 'NaN or infinity', 'finite')
     return found.to(like.device, like.dtype)
 
 _NAMES = ' or '.join(f.__name__ for f in TARGETS.values())
 
-# %% ../../nbs/06_evaluation/08_probing.ipynb #ec8a25d5
+# %% ../../nbs/06_evaluation/08_probing.ipynb #3ffd7e91
 def accumulate(
     probes: Probes, # changed: their gradients
     model: SequenceModel, # frozen, in evaluation mode
@@ -139,6 +141,7 @@ def accumulate(
         found, first = [*found, error.detach()], some.stop
     return torch.cat(found)
 
+# %% ../../nbs/06_evaluation/08_probing.ipynb #c4150cf4
 def fit_probes(
     model: SequenceModel, # trained; it stays as it is
     batches: Iterable[Batch], # one step each; prompts of one length
@@ -172,7 +175,7 @@ def _new_probes(model, batch, sites, target, d_hidden, n_loops, seed):
     with torch_stream(seed, 'probes'):
         return Probes(names, k, *h.shape[1:], width, d_hidden).to(h.device, h.dtype)
 
-# %% ../../nbs/06_evaluation/08_probing.ipynb #3ffd7e91
+# %% ../../nbs/06_evaluation/08_probing.ipynb #76a5ad33
 @torch.no_grad()
 def probe_rows(
     probes: Probes, # trained
@@ -195,7 +198,7 @@ def probe_rows(
     return [{'place': i, 'site': site, 'error': e / count, 'level': level / count, 'prompts': count}
             for i, (site, e) in enumerate(zip(probes.sites, total.tolist(), strict=True))]
 
-# %% ../../nbs/06_evaluation/08_probing.ipynb #ae5d1e26
+# %% ../../nbs/06_evaluation/08_probing.ipynb #a548f494
 def with_ones(
     task: Task, # of linear functions: problems with xs, w and ys
     batches: Iterable[Batch], # its prompts
@@ -208,7 +211,7 @@ def with_ones(
         ones = {'xs': xs, 'w': np.ones_like(problem['w']), 'ys': xs.sum(-1)}
         yield task.encode(problem | ones).to(batch.inputs.device)
 
-# %% ../../nbs/06_evaluation/08_probing.ipynb #a548f494
+# %% ../../nbs/06_evaluation/08_probing.ipynb #fb14eb13
 def plot_probes(
     curves: dict[str, list[dict]], # label to rows of `probe_rows`
     title: str = '', # what the figure shows

@@ -74,6 +74,7 @@ def _ranges(sites):
         ends = iter([(min(c), max(c)) for c in zip(*numbers, strict=True)])
         yield re.sub('#', lambda _: '-'.join(map(str, dict.fromkeys(next(ends)))), shape)  # noqa: B023
 
+# %% ../../nbs/06_evaluation/06a_trace.ipynb #2f79e957
 def pick_sites(
     model: SequenceModel, # any registered model
     sites: str | Iterable[str], # a pattern, or several
@@ -87,7 +88,7 @@ def pick_sites(
         raise FieldError('sites', pattern, f'a pattern that fits one of {", ".join(_ranges(known))}')
     return [site for site in known if any(_fits(site, pattern) for pattern in patterns)]
 
-# %% ../../nbs/06_evaluation/06a_trace.ipynb #baac3067
+# %% ../../nbs/06_evaluation/06a_trace.ipynb #bb1d8558
 class _Kernel(TorchFunctionMode):
     "Runs attention by definition where its scores are wanted."
     def __init__(self, taps):
@@ -115,7 +116,7 @@ class _Kernel(TorchFunctionMode):
         weights = offer(f'{at}.weights', scores.softmax(-1).masked_fill(blind, 0.))
         return F.dropout(weights, dropout_p) @ v
 
-# %% ../../nbs/06_evaluation/06a_trace.ipynb #ca67f55a
+# %% ../../nbs/06_evaluation/06a_trace.ipynb #6e4636e4
 def _leaves(state):
     "The tensors of a state, in order."
     if isinstance(state, Tensor): return [state]
@@ -129,6 +130,7 @@ def _trajectory(mixer, x, state=None, **where):
         kept.append(_leaves(state))
     return [torch.stack(part, 1) for part in zip(*kept, strict=True)]
 
+# %% ../../nbs/06_evaluation/06a_trace.ipynb #747e2e93
 class _Taps:
     "What watches a model while it runs."
     def __init__(self, model, patterns, change):
@@ -145,7 +147,7 @@ class _Taps:
         for pattern, function in self.change.items():
             if not _fits(site, pattern): continue
             new = function(tensor)
-            if new.shape != tensor.shape: raise FieldError('change', site, f'a shape of {tuple(tensor.shape)}')
+            if new.shape != tensor.shape: raise FieldError('change', site, f'a shape of {(*tensor.shape,)}')
             tensor = new
         if self.wanted(site): self.found.append((site, tensor))
         return tensor
@@ -168,7 +170,7 @@ class _Taps:
         for mixer in self.split: del mixer.split
         self.handles, self.split, self.inside = [], [], None
 
-# %% ../../nbs/06_evaluation/06a_trace.ipynb #6e4636e4
+# %% ../../nbs/06_evaluation/06a_trace.ipynb #31492e9f
 @patch
 def _watch_loop(self: _Taps, prefix, loop):
     "See what enters a loop, and what leaves each round."
@@ -188,13 +190,14 @@ def _watch_layer(self: _Taps, i, layer):
     def ended(module, args, out): return self.offer(f'{self.place}.h', out[0]), *out[1:]
     self.handles.append(layer.register_forward_pre_hook(begun))
     for part, below, name in (('mixer', '', 'mixer'), ('cross', '.cross', 'cross.mixer')):
-        if part == 'mixer' or hasattr(layer, part): self._watch_mixer(getattr(layer, part, layer), below, name)
+        if part == 'cross' and not hasattr(layer, part): continue
+        self._watch_mixer(getattr(layer, part, layer), below, name)
     if hasattr(layer, 'feedforward'):
         show = lambda module, args, y: self.offer(f'{self.place}.feedforward', y)
         self.handles.append(layer.feedforward.register_forward_hook(show))
     self.handles.append(layer.register_forward_hook(ended))
 
-# %% ../../nbs/06_evaluation/06a_trace.ipynb #747e2e93
+# %% ../../nbs/06_evaluation/06a_trace.ipynb #1458c314
 @patch
 def _watch_mixer(self: _Taps, mixer, below, name):
     "See what a mixer reads, keeps and returns."
@@ -207,6 +210,7 @@ def _watch_mixer(self: _Taps, mixer, below, name):
                      mixer.register_forward_hook(ended, with_kwargs=True)]
     if getattr(mixer, 'parts', ()): self._watch_split(mixer)
 
+# %% ../../nbs/06_evaluation/06a_trace.ipynb #56f7d58e
 @patch
 def _watch_split(self: _Taps, mixer):
     "See the projections of fast weights."
@@ -214,7 +218,8 @@ def _watch_split(self: _Taps, mixer):
     def shown(x):
         if not self.inside: return split(x)
         named = zip(('q', 'k', 'v', 'beta'), split(x), strict=False)
-        return tuple(self.offer(f'{self.inside}.{n}', part.transpose(1, 2)).transpose(1, 2) for n, part in named)
+        heads_first = lambda name, part: self.offer(f'{self.inside}.{name}', part.transpose(1, 2))
+        return tuple(heads_first(name, part).transpose(1, 2) for name, part in named)
     mixer.split = shown
     self.split.append(mixer)
 
@@ -228,7 +233,7 @@ def _show_states(self: _Taps, mixer, x, where):
 
 
 
-# %% ../../nbs/06_evaluation/06a_trace.ipynb #1458c314
+# %% ../../nbs/06_evaluation/06a_trace.ipynb #834ca4a2
 def trace(
     model: SequenceModel, # any registered model
     batch: Batch, # what it reads
@@ -241,15 +246,18 @@ def trace(
     pick_sites(model, patterns, n_loops)
     for site in pick_sites(model, change, n_loops) if change else ():
         if not site.endswith(('.state', '.logits')): continue
-        raise FieldError('change', site, 'a tensor that the model reads again; a state is changed in its cache')
+        allowed = 'a tensor that the model reads again; a state is changed in its cache'
+        raise FieldError('change', site, allowed)
     return _rounds(model, batch, patterns, n_loops, _Taps(model, patterns, change))
 
+# %% ../../nbs/06_evaluation/06a_trace.ipynb #d865bc78
 def _rounds(model, batch, patterns, n_loops, taps):
     "Run round after round, with the taps on while it runs."
     missing, t = set(patterns), -1
     def hand_over():
         for site, tensor in taps.take():
-            missing.difference_update([p for p in missing if _fits(site, p) or _fits(site.rpartition('.')[0], p)])
+            names = site, re.sub(r'\.state\.\d+$', '.state', site)
+            missing.difference_update([p for p in missing if any(_fits(name, p) for name in names)])
             yield site, tensor
     with torch.no_grad(), taps: rounds = model.states(batch, n_loops)
     yield from hand_over()
@@ -260,9 +268,10 @@ def _rounds(model, batch, patterns, n_loops, taps):
         if taps.wanted(f'loop.{t}.logits'):
             with torch.no_grad(): taps.offer(f'loop.{t}.logits', model.read(h))
         yield from hand_over()
-    if missing: raise FieldError('sites', sorted(missing)[0], f'one that is computed; this run had {t + 1} rounds')
+    if not missing: return
+    raise FieldError('sites', min(missing), f'one that is computed; this run had {t + 1} rounds')
 
-# %% ../../nbs/06_evaluation/06a_trace.ipynb #e917a06b
+# %% ../../nbs/06_evaluation/06a_trace.ipynb #eaf2e87b
 def plot_attention(
     maps: dict[str, Tensor], # label to weights (time, time_k)
     title: str = '', # what the figure shows

@@ -38,14 +38,14 @@ def zero_level(
 # %% ../../nbs/08_experiments/03d_icl_probing.ipynb #71823635
 PUBLISHED = {  # target: model: error per coordinate at the embedding and after each layer or round
     'gradient': {
-        '20 layers': (.5856, .6121, .5604, .5391, .4776, .4493, .4478, .4292, .4306, .4308, .4307, .4579, .5086,
-                      .5442, .5725, .5997, .6073, .6138, .6210, .6168, .6191),
+        '20 layers': (.5856, .6121, .5604, .5391, .4776, .4493, .4478, .4292, .4306, .4308, .4307, .4579,
+                      .5086, .5442, .5725, .5997, .6073, .6138, .6210, .6168, .6191),
         'looped': (.5814, .5650, .5521, .5382, .5143, .4899, .4941, .4675, .4491, .4285, .4211, .4097, .3866,
                    .3980, .3836, .3773, .3666, .3675, .3634, .3614, .3596),
     },
     'least_squares': {
-        '20 layers': (.4932, .5223, .4830, .4717, .4308, .4001, .3756, .3610, .3526, .3428, .3363, .3691, .4076,
-                      .4460, .4782, .4953, .5201, .5266, .5218, .5166, .5223),
+        '20 layers': (.4932, .5223, .4830, .4717, .4308, .4001, .3756, .3610, .3526, .3428, .3363, .3691,
+                      .4076, .4460, .4782, .4953, .5201, .5266, .5218, .5166, .5223),
         'looped': (.4966, .4779, .4782, .4689, .4500, .4424, .4327, .4177, .3838, .3495, .3358, .3343, .3203,
                    .3217, .3106, .3176, .3013, .3106, .3036, .3009, .2983),
     },
@@ -82,5 +82,6 @@ def probe_run(
     if control: batches = with_ones(task, batches)
     places = ['embedding', f'*.layer.{len(model.loop.body.layers) - 1}.h']
     if model.loop.n_loops == 1 and n_loops in (None, 1): places = ['embedding', '*.layer.*.h']
-    probes = fit_probes(model, batches, places, TARGETS[target], steps, n_loops=n_loops, seed=seed, progress=progress)
-    return probe_rows(probes, model, prompts('val', max(1, 4096 // batch_size)), TARGETS[target], n_loops)
+    wanted = TARGETS[target]
+    probes = fit_probes(model, batches, places, wanted, steps, n_loops=n_loops, seed=seed, progress=progress)
+    return probe_rows(probes, model, prompts('val', max(1, 4096 // batch_size)), wanted, n_loops)
