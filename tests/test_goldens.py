@@ -513,7 +513,8 @@ def _probe_tensors(case, prefix, sites):
     assert len(theirs) == 5 * len(sites) * n_targets
     def table(name, turned=False):
         rows = [[name.format(k * len(sites) + s) for k in range(n_targets)] for s in range(len(sites))]
-        return torch.stack([torch.stack([theirs[n].mT if turned else theirs[n] for n in row]) for row in rows])
+        tensors = [[theirs[n].mT if turned else theirs[n] for n in row] for row in rows]
+        return torch.stack([torch.stack(row) for row in tensors])
     maps = {'U': 'layer_probes.{}.0.', 'V': 'layer_probes.{}.2.'}
     biases = {b: table(f'{maps[w]}bias').unsqueeze(2) for w, b in ('Ua', 'Vb')}
     weights = {w: table(f'{maps[w]}weight', turned=True) for w in maps}
