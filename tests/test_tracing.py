@@ -51,7 +51,8 @@ def test_attention_of_padded_strings_is_traced(fields):
 def test_a_run_folder_can_be_traced_probed_and_run_on(tmp_path):
     small = {'task.n_dims': 2, 'task.n_points': 4, 'task.test_points': 6, 'model.d_model': 16,
              'model.n_heads': 2, 'model.n_loops': 3, 'model.loop_window': 2, 'train.steps': 3,
-             'train.batch_size': 8, 'evaluate.examples': 16, 'run.out': str(tmp_path/'run'), 'run.progress': False}
+             'train.batch_size': 8, 'evaluate.examples': 16,
+             'run.out': str(tmp_path/'run'), 'run.progress': False}
     train(configure('icl/linear_regression', overrides=small))
     _, task, model, _ = trained(tmp_path/'run')
     batch = task.sample('val', 0, 0, 8)
