@@ -8,6 +8,7 @@ __all__ = ['sites_of', 'pick_sites', 'trace', 'plot_attention']
 # %% ../../nbs/06_evaluation/06a_trace.ipynb #4503af7b
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from fnmatch import translate
 
 import torch
@@ -58,11 +59,18 @@ def sites_of(
     return names
 
 # %% ../../nbs/06_evaluation/06a_trace.ipynb #23368e9e
-def _fits(site, pattern):
-    "Does a site, or one part of the state that it names, fit a pattern?"
-    if re.match(translate(pattern), site): return True
-    whole, _, part = pattern.rpartition('.')
-    return part.isdigit() and site.endswith('.state') and bool(re.match(translate(whole), site))
+class _Patterns:
+    "Names, and patterns with wildcards, that sites are held against."
+    def __init__(self, patterns):
+        self.names = {p for p in patterns if not set(p) & set('*?[')}
+        self.wild = [re.compile(translate(p)).match for p in patterns if p not in self.names]
+
+    def __contains__(self, site): return site in self.names or any(fits(site) for fits in self.wild)
+
+def _wholes(patterns):
+    "The states whose parts are named by patterns that end in a number."
+    split = [p.rpartition('.') for p in patterns]
+    return [whole for whole, _, part in split if part.isdigit() and whole.endswith('state')]
 
 def _ranges(sites):
     "Names with the ranges of their numbers."
@@ -83,10 +91,14 @@ def pick_sites(
     "Choose sites by patterns; refuse a pattern that fits none."
     patterns, known = [sites] if isinstance(sites, str) else list(sites), sites_of(model, n_loops)
     if not patterns: raise FieldError('sites', [], 'at least one pattern')
+    there = set(known)
     for pattern in patterns:
-        if any(_fits(site, pattern) for site in known): continue
+        if pattern in there: continue
+        fits = _Patterns([pattern, *_wholes([pattern])])
+        if any(site in fits for site in known): continue
         raise FieldError('sites', pattern, f'a pattern that fits one of {", ".join(_ranges(known))}')
-    return [site for site in known if any(_fits(site, pattern) for pattern in patterns)]
+    wanted = _Patterns(patterns + _wholes(patterns))
+    return [site for site in known if site in wanted]
 
 # %% ../../nbs/06_evaluation/06a_trace.ipynb #bb1d8558
 class _Kernel(TorchFunctionMode):
@@ -133,23 +145,22 @@ def _trajectory(mixer, x, state=None, **where):
 # %% ../../nbs/06_evaluation/06a_trace.ipynb #747e2e93
 class _Taps:
     "What watches a model while it runs."
-    def __init__(self, model, patterns, change):
-        self.model, self.patterns, self.change = model, patterns, change
+    def __init__(self, model, picked, parts, change):
+        self.model, self.picked, self.parts, self.change = model, set(picked), parts, change
         self.found, self.inside, self.place = [], None, ''
         self.handles, self.split = [], []
+        reads = any(site.rpartition('.')[2] in _READS for site in (*picked, *change))
+        self.kernel = _Kernel(self) if reads else nullcontext()
 
-    def wanted(self, site): return any(_fits(site, p) for p in self.patterns)
-
-    def asked(self, site): return self.wanted(site) or any(_fits(site, p) for p in self.change)
+    def asked(self, site): return site in self.picked or site in self.change
 
     def offer(self, site, tensor):
         "Keep a tensor that is wanted; return it, or what takes its place."
-        for pattern, function in self.change.items():
-            if not _fits(site, pattern): continue
-            new = function(tensor)
+        if site in self.change:
+            new = self.change[site](tensor)
             if new.shape != tensor.shape: raise FieldError('change', site, f'a shape of {(*tensor.shape,)}')
             tensor = new
-        if self.wanted(site): self.found.append((site, tensor))
+        if site in self.picked: self.found.append((site, tensor))
         return tensor
 
     def take(self):
@@ -161,7 +172,6 @@ class _Taps:
         for prefix, loop in _loops(self.model):
             self._watch_loop(prefix, loop)
             for i, layer in enumerate(loop.body.layers): self._watch_layer(i, layer)
-        self.kernel = _Kernel(self)
         self.kernel.__enter__()
 
     def __exit__(self, *error):
@@ -227,9 +237,10 @@ def _watch_split(self: _Taps, mixer):
 def _show_states(self: _Taps, mixer, x, where):
     "Offer the states after each token."
     parts = _trajectory(mixer, x, **where)
+    whole = f'{self.place}.state'
     for number, part in enumerate(parts):
-        name = f'{self.place}.state' + (f'.{number}' if len(parts) > 1 else '')
-        if self.wanted(name) or self.wanted(f'{self.place}.state'): self.found.append((name, part))
+        name = f'{whole}.{number}' if len(parts) > 1 else whole
+        if name in self.parts or whole in self.parts: self.found.append((name, part))
 
 
 
@@ -242,22 +253,24 @@ def trace(
     change: dict[str, Callable] | None = None, # pattern to what makes a new tensor of the old one
 ) -> Iterator[tuple[str, Tensor]]: # site and tensor, as they are computed, without gradients
     "Run a model and hand over the tensors of some sites, round by round; nothing else is kept."
-    patterns, change = [sites] if isinstance(sites, str) else list(sites), change or {}
-    pick_sites(model, patterns, n_loops)
-    for site in pick_sites(model, change, n_loops) if change else ():
+    patterns = [sites] if isinstance(sites, str) else list(sites)
+    picked, changed = pick_sites(model, patterns, n_loops), {}
+    for pattern, function in (change or {}).items():
+        changed |= dict.fromkeys(pick_sites(model, pattern, n_loops), function)
+    for site in changed:
         if not site.endswith(('.state', '.logits')): continue
         allowed = 'a tensor that the model reads again; a state is changed in its cache'
         raise FieldError('change', site, allowed)
-    return _rounds(model, batch, patterns, n_loops, _Taps(model, patterns, change))
+    taps = _Taps(model, picked, _Patterns(patterns), changed)
+    return _rounds(model, batch, patterns, n_loops, taps)
 
 # %% ../../nbs/06_evaluation/06a_trace.ipynb #d865bc78
 def _rounds(model, batch, patterns, n_loops, taps):
     "Run round after round, with the taps on while it runs."
-    missing, t = set(patterns), -1
+    seen, t = set(), -1
     def hand_over():
         for site, tensor in taps.take():
-            names = site, re.sub(r'\.state\.\d+$', '.state', site)
-            missing.difference_update([p for p in missing if any(_fits(name, p) for name in names)])
+            seen.update((site, re.sub(r'\.state\.\d+$', '.state', site)))
             yield site, tensor
     with torch.no_grad(), taps: rounds = model.states(batch, n_loops)
     yield from hand_over()
@@ -265,11 +278,14 @@ def _rounds(model, batch, patterns, n_loops, taps):
         with torch.no_grad(), taps: step = next(rounds, None)
         if step is None: break
         t, h = step
-        if taps.wanted(f'loop.{t}.logits'):
+        if f'loop.{t}.logits' in taps.picked:
             with torch.no_grad(): taps.offer(f'loop.{t}.logits', model.read(h))
         yield from hand_over()
-    if not missing: return
-    raise FieldError('sites', min(missing), f'one that is computed; this run had {t + 1} rounds')
+    for pattern in patterns:
+        if pattern in seen: continue
+        fits = _Patterns([pattern])
+        if any(site in fits for site in seen): continue
+        raise FieldError('sites', pattern, f'one that is computed; this run had {t + 1} rounds')
 
 # %% ../../nbs/06_evaluation/06a_trace.ipynb #eaf2e87b
 def plot_attention(
