@@ -27,6 +27,8 @@ from looped_nbs.core.config import Optim
 from looped_nbs.evaluation.baselines import averaging, least_squares, nearest, ridge
 from looped_nbs.evaluation.fitted_baselines import lasso, network, tree, xgboost
 from looped_nbs.evaluation.in_context import interval
+from looped_nbs.evaluation.probing import TARGETS, Probes, accumulate
+from looped_nbs.evaluation.trace import trace
 from looped_nbs.experiments import (
     fastweight_protocol,
     icl_published,
@@ -157,9 +159,6 @@ COUNTING_FILES = [
 
 # Stems that have cases but no counterpart in the library yet, by the part of the plan that builds them.
 NOT_BUILT = {
-    'part 5': _stems('icl', '''
-        probe_loop_Wols probe_loop_grad probe_unloop_Wols probe_unloop_grad
-    '''),
     'part 6': _stems('chunked', '''
         brt_chunk1 brt_chunk2 brt_chunk4 brt_chunk8 brt_layers2_rec1 dm_encdec_none dm_encdec_rotary
         dm_encdec_sin_cos dm_lstm dm_ndstack_rnn dm_rnn dm_stack_lstm dm_stack_rnn dm_tape_rnn
@@ -602,6 +601,41 @@ def check_in_context_training(case):
     final = take(case.part('out.final'), adapted.moves)
     assert set(final) == set(model.state_dict())
     for name, tensor in model.state_dict().items(): case.close(tensor, final[name], name)
+
+
+def _probe_tensors(case, prefix, sites):
+    "Tensors of all probes, or their gradients, as ours (sites, targets, ...)."
+    theirs, n_targets = case.part(f'{prefix}.probe'), case.config['n_targets']
+    assert len(theirs) == 5 * len(sites) * n_targets
+    def table(name, turned=False):
+        rows = [[name.format(k * len(sites) + s) for k in range(n_targets)] for s in range(len(sites))]
+        tensors = [[theirs[n].mT if turned else theirs[n] for n in row] for row in rows]
+        return torch.stack([torch.stack(row) for row in tensors])
+    maps = {'U': 'layer_probes.{}.0.', 'V': 'layer_probes.{}.2.'}
+    biases = {b: table(f'{maps[w]}bias').unsqueeze(2) for w, b in ('Ua', 'Vb')}
+    weights = {w: table(f'{maps[w]}weight', turned=True) for w in maps}
+    return {'alpha': table('layer_alphas.{}'), **weights, **biases}
+
+
+def check_probe(case):
+    config, looped = case.config, 'probe_loop_' in case.stem
+    settings = config | {'n_loops': config['n_loops'] if looped else 1, 'n_loop_start': 0}
+    model = build(icl.adapt(case.part('param.model'), settings)).eval()
+    batch = CODINGS['prompt']()({'xs': case['in.xs'].numpy(), 'ys': case['in.ys'].numpy()}, ())
+    patterns = ['embedding', f'*.layer.{config["n_layer"] - 1}.h' if looped else '*.layer.*.h']
+    found = dict(trace(model, batch, patterns))
+    assert len(found) == config['n_probe_layers']
+    case.close(torch.stack(list(found.values())), case['out.embeds'], 'out.embeds')
+    target = TARGETS[{'grad': 'gradient', 'Wols': 'least_squares'}[config['target_mode']]]
+    case.close(target(batch.problem), case['out.targets'], 'out.targets')
+    probes = Probes(found, config['n_targets'], batch.inputs.shape[1], config['n_embd'], config['n_dims'],
+                    config['d_hidden'])
+    probes.load_state_dict(_probe_tensors(case, 'param', found))
+    error = accumulate(probes, model, batch, target)
+    case.close(error.T, case['out.p_loss'], 'out.p_loss')
+    case.close(error.mean(), case['out.loss'], 'out.loss')
+    for name, gradient in _probe_tensors(case, 'grad', found).items():
+        case.close(getattr(probes, name).grad, gradient, f'grad of {name}')
 
 
 LANGUAGES = {'aastarbbstar': 'runs', 'D': 'd'}  # names of the suite that differ from ours
@@ -1312,6 +1346,9 @@ BUILT = {
         ego_skip lastn_add lastn_mul ssm_looped transformer transformer_addinputs tying
     '''), check_in_context),
     **dict.fromkeys(_stems('icl', 'train_gpt2 train_gpt2_loop'), check_in_context_training),
+    **dict.fromkeys(_stems('icl', '''
+        probe_loop_Wols probe_loop_grad probe_unloop_Wols probe_unloop_grad
+    '''), check_probe),
     **dict.fromkeys(_stems('linear_fwp', '''
         task_D-2 task_D-4 task_aa-star task_aastarbbstar-5 task_abab-star task_boolean-3 task_cab_n_abd
         task_counter-2 task_counter-3 task_crl-1 task_crl-2 task_crl-3 task_crl-5 task_dyck-1 task_dyck-2

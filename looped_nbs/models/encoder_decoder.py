@@ -260,9 +260,13 @@ class EncoderDecoder(SequenceModel):
         if short: raise FieldError('batch.source', f'{short} empty rows', 'one word or more in each row')
         return replace(cache, context=context)
 
+    def states(self, batch, n_loops=None, cache=None, *, context=None, **where):
+        if context is None: context = self.context(batch, n_loops)
+        return super().states(batch, n_loops, cache, each=[{'context': keys} for keys in context], **where)
+
     def forward(self, batch, n_loops=None, return_loops=None, cache=None):
         context = self.context(batch, n_loops) if cache is None else cache.context
-        return self._loop(batch, n_loops, return_loops, cache, each=[{'context': keys} for keys in context])
+        return self._loop(batch, n_loops, return_loops, cache, context=context)
 
     def read(self, h):
         h = self.norm(h)
