@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..core.errors import FieldError, InputError
 from ..core.registry import lookup
-from ..models import fast_weights, recurrent, transformer  # noqa: F401, they register the models
+from ..models import chunked, fast_weights, recurrent, transformer  # noqa: F401, they register the models
 from ..models.base import MODELS, SequenceModel
 
 # %% ../../nbs/07_interop/00_adapt.ipynb #01eaf71c

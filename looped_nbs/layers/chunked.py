@@ -61,7 +61,7 @@ class Chunked(Loop):
         n_loops: int | None = None, # other number of rounds than in training
         *,
         ids: Tensor | None = None, # position ids (batch, time); None: 0, 1 …
-        mask: Tensor | None = None, # keys (batch, time) that may be read; None: all
+        mask: Tensor | None = None, # keys (batch, time), or pairs (batch, time, time), that may be read
         order: Callable | None = None, # another order than in training
         place: Callable | None = None, # places ids; None: the scheme of the body does
         placed: Placed | None = None, # all ids placed; None: this does it
@@ -198,7 +198,8 @@ def _row_pairs(spans, active, i, extra, mask):
     itself = torch.zeros_like(pairs)
     itself[:, len(there) - len(here):] = torch.eye(len(here), dtype=torch.bool)
     if mask is None: return here, there, (pairs | itself)[None]
-    return here, there, mask.cpu()[:, None, there] & pairs | itself
+    known = mask.cpu() if mask.dim() == 3 else mask.cpu()[:, None].expand(-1, mask.shape[1], -1)
+    return here, there, known[:, here][:, :, there] & pairs | itself
 
 # %% ../../nbs/02_layers/08_chunked.ipynb #20b2c673
 def by_rows(self,
