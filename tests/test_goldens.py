@@ -234,12 +234,25 @@ def _tokens(one_hot):
     return ids
 
 
+def _assert_fast_staircase(adapted, batch):
+    "The fast form of a staircase equals its definition in float64, with the weights of a case."
+    fast, slow = build(adapted).double(), build(adapted).double()
+    for order in slow.orders.values(): order.fast = False
+    results = []
+    for model in (fast, slow):
+        logits = model(batch).logits
+        TokenClassification().loss(Output(logits), batch)[0].backward()
+        results.append([logits, *(p.grad for p in model.parameters())])
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+
+
 def check_chunked_model(case):
     settings = {'architecture': case.meta['architecture']}
     if settings['architecture'] == 'encoder': settings['dropout_prob'] = 0.  # a note of the case says so
     adapted = chunked.adapt(case.part('param'), case.config | settings)
     model = build(adapted).train()
     _assert_moves(case, adapted, model, chunked.zero_norms(case.part('param')))
+    for order in getattr(model, 'orders', {}).values(): order.fast = False  # compared with the definition below
     tokens, targets = _tokens(case['in.x']), _tokens(case['in.target'])
     every = targets.ndim == 2
     assert every == case.config.get('return_all_outputs', False)
@@ -251,6 +264,7 @@ def check_chunked_model(case):
     batch = Batch(tokens, targets, mask, mask, lengths)
     output = _assert_training(case, adapted, model, batch, TokenClassification())
     case.close(output.final if every else output.final[:, -1], case['out.logits'], 'out.logits')
+    if adapted.model == 'staircase': _assert_fast_staircase(adapted, batch)
 
 
 def check_ibm_task(case):
