@@ -35,6 +35,7 @@ from looped_nbs.experiments import (  # noqa: F401  registers presets
     timestep_translation,
 )
 from ..layers.loop import settled
+from ..models import chunked as chunked_models  # noqa: F401  registers models
 from looped_nbs.models import (  # noqa: F401  register
     encoder_decoder,
     fast_weights,

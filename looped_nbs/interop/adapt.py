@@ -17,7 +17,13 @@ from torch import Tensor
 
 from ..core.errors import FieldError, InputError
 from ..core.registry import lookup
-from ..models import fast_weights, loop_variants, recurrent, transformer  # noqa: F401, they register
+from looped_nbs.models import (  # noqa: F401, they register the models
+    chunked,
+    fast_weights,
+    loop_variants,
+    recurrent,
+    transformer,
+)
 from ..models.base import MODELS, SequenceModel
 
 # %% ../../nbs/07_interop/00_adapt.ipynb #01eaf71c
