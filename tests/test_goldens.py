@@ -42,6 +42,7 @@ from looped_nbs.ops.operator import call, here
 from looped_nbs.ops.recurrent_delta import recurrent_delta
 from looped_nbs.ops.srwm import srwm
 from looped_nbs.tasks import (  # noqa: F401, register the tasks
+    context_sensitive,
     counting_modular,
     counting_shifted,
     edit_distance,
@@ -55,6 +56,7 @@ from looped_nbs.tasks import (  # noqa: F401, register the tasks
     sums,
 )
 from looped_nbs.tasks.codings import CODINGS
+from looped_nbs.tasks.context_free import OutputTask
 from looped_nbs.tasks.counting import label_counting
 from looped_nbs.tasks.counting_auxiliary import label_addbigram, label_addtable, label_fillers
 from looped_nbs.tasks.counting_raspl import label_raspl
@@ -162,14 +164,7 @@ NOT_BUILT = {
         staircase_chunk8_group2 staircase_diagonal_chunk1 staircase_diagonal_chunk2
         staircase_diagonal_chunk2_ragged staircase_diagonal_chunk4 staircase_diagonal_chunk4_ragged
         staircase_parallel_causal staircase_parallel_full staircase_postnorm staircase_short_input
-        task_deepmind_binary_addition task_deepmind_binary_multiplication task_deepmind_bucket_sort
-        task_deepmind_compute_sqrt task_deepmind_cycle_navigation task_deepmind_duplicate_string
-        task_deepmind_even_pairs task_deepmind_missing_duplicate_string
-        task_deepmind_modular_arithmetic task_deepmind_modular_arithmetic_brackets
-        task_deepmind_modular_arithmetic_brackets_nomult task_deepmind_odds_first
-        task_deepmind_parity_check task_deepmind_reverse_string task_deepmind_solve_equation
-        task_deepmind_stack_manipulation
-    '''),
+        '''),
     'part 7': _stems('counting', '''
         mamba op_cauchy op_causal_conv1d_silu op_fftconv op_fftconv_bidirectional op_fftconv_ch2_glu
         op_fftconv_diag op_hippo_init op_log_vandermonde op_s4_dplr_fourier op_s4_dplr_legs
@@ -262,8 +257,8 @@ def check_chunked_model(case):
     case.close(output.final if every else output.final[:, -1], case['out.logits'], 'out.logits')
 
 
-def check_ibm_task(case):
-    name, fields = case.stem.removeprefix('chunked/task_ibm_'), {}
+def check_ibm_task(case, prefix='task_ibm_'):
+    name, fields = case.stem.removeprefix(f'chunked/{prefix}'), {}
     if name.startswith('parallel'):
         name, n, kind = re.fullmatch(r'(.*)_n(\d+)_(\w+)', name).groups()
         fields = {'n_strings': int(n), 'explicit_tokens': kind == 'explicit'}
@@ -282,6 +277,35 @@ def check_ibm_task(case):
         drawn = task.draw(np.random.default_rng(0), 4, length=int(length))['tokens']
         assert drawn.shape[1] == tokens.shape[1] == facts['input_length']
         assert facts['output_length'] == facts['declared_output_length'] == 1
+
+
+def check_suite_task(case):
+    name = case.stem.removeprefix('chunked/task_deepmind_')
+    fields = {'products': False} if name.endswith('_nomult') else {}
+    name = name.removesuffix('_nomult')
+    if not issubclass(TASKS[name], OutputTask): return check_ibm_task(case, 'task_deepmind_')
+    task = TASKS[name](**fields)
+    assert (len(task.symbols) <= case.meta['input_size'], task.d_out) == (True, case.meta['output_size'])
+    for length, facts in case.meta['lengths'].items():
+        tokens, right = case[f'in.len{length}'].numpy(), case[f'out.len{length}'].numpy()
+        right = right.reshape(len(tokens), -1)
+        assert tokens.max() < len(task.symbols) and tokens.shape[1] == facts['input_length'] == int(length)
+        assert right.shape[1] == facts['declared_output_length'] == task.n_outputs(int(length))
+        problem = task.pose(tokens)
+        np.testing.assert_array_equal(problem['outputs'], right)
+        np.testing.assert_array_equal(task.label(problem), right)
+        mask = case.tensors.get(f'out.mask.len{length}')
+        scored = problem.get('scored_outputs', np.ones_like(right))
+        if mask is not None:
+            np.testing.assert_array_equal(scored, case[f'out.mask.len{length}'].numpy().reshape(right.shape))
+        else: assert scored.all()
+        for coding in task.codings:
+            seen = TASKS[name](coding=coding, **fields).encode(problem)
+            np.testing.assert_array_equal(seen.targets[seen.loss_mask].view(right.shape), right)
+            assert seen.inputs.shape[1] <= TASKS[name](coding=coding, **fields).coded_time(int(length))
+            np.testing.assert_array_equal(seen.targets[seen.score_mask], right[scored.astype(bool)])
+        drawn = task.draw(np.random.default_rng(0), 4, length=int(length))
+        assert drawn['tokens'].shape[1:] == tokens.shape[1:] and drawn['outputs'].shape[1:] == right.shape[1:]
 
 
 def check_padding(case):
@@ -874,6 +898,14 @@ BUILT = {
         task_ibm_parallel_parity_check_n2_explicit task_ibm_parallel_parity_check_n3_implicit
         task_ibm_parallel_parity_check_n4_explicit
     '''), check_ibm_task),
+    **dict.fromkeys(_stems('chunked', '''
+        task_deepmind_parity_check task_deepmind_even_pairs task_deepmind_cycle_navigation
+        task_deepmind_modular_arithmetic task_deepmind_modular_arithmetic_brackets
+        task_deepmind_modular_arithmetic_brackets_nomult task_deepmind_reverse_string
+        task_deepmind_solve_equation task_deepmind_stack_manipulation task_deepmind_duplicate_string
+        task_deepmind_missing_duplicate_string task_deepmind_odds_first task_deepmind_binary_addition
+        task_deepmind_binary_multiplication task_deepmind_compute_sqrt task_deepmind_bucket_sort
+    '''), check_suite_task),
     'chunked/padding': check_padding,
     **dict.fromkeys(_stems('counting', '''
         ct_ape ct_ape_initsine_freeze ct_ape_rdmz ct_ape_shift ct_nope ct_nope_noscale ct_nope_tied

@@ -59,7 +59,7 @@ _SIZES = {'edit_distance': {'length': 60, 'using': 24}, 'longest_common_subseque
 
 def bench_tasks(
     batch_size: int = 1024, # examples in a batch
-    length: int = 40, # symbols, for the regular languages
+    length: int = 40, # symbols, for tasks on strings
 ) -> list[dict]: # one row per task
     "Time sampling and encoding of every family of token tasks beside its definition."
     rows = []

@@ -71,8 +71,7 @@ class Trainer:
 
     def _rows(self):
         "Positions in the longest micro-batch."
-        task = self.task
-        return self.config.batch_size // self.parts * task.encoder.time(task.length(task.axis_range('train')[1]))
+        return self.config.batch_size // self.parts * self.task.coded_time(self.task.axis_range('train')[1])
 
     def batch(self,
         split: str, # name of a split
