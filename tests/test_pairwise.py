@@ -13,11 +13,13 @@ from looped_nbs.layers.positions import POSITIONS
 from looped_nbs.tasks.codings import CODINGS
 from looped_nbs.tasks.context_free import OutputTask
 from looped_nbs.tasks.counting_lines import families
+from looped_nbs.tasks.dynamic import DynamicTask
 from looped_nbs.training.loop import Trainer
 
 # One name for each class: published names of one family differ in their defaults.
 NAMES = [name for name in families() if name != 'translation']  # which has tests of its own
 TOKENS = [name for name in NAMES if name != 'linear_regression']
+DYNAMIC = [name for name in TOKENS if issubclass(TASKS[name], DynamicTask)]
 OUTPUTS = [name for name in TOKENS if issubclass(TASKS[name], OutputTask)]
 LANGUAGES = [name for name in TOKENS if name.startswith('language_')]
 REFUSED = {  # (task, coding): the only combinations that may be refused
@@ -25,6 +27,9 @@ REFUSED = {  # (task, coding): the only combinations that may be refused
     *((task, 'forced') for task in TOKENS if 'forced' not in TASKS[task].codings),
     *((task, 'multi_hot') for task in TOKENS if task not in LANGUAGES),  # answers that are no sets
     *((task, coding) for task in LANGUAGES for coding in ('last', 'tape')),  # whole strings are all accepted
+    *((task, 'answer') for task in NAMES if task not in DYNAMIC),  # nothing to separate from a problem
+    *((task, 'chain') for task in NAMES if 'chain' not in TASKS[task].codings),  # nor thoughts
+    *((task, coding) for task in DYNAMIC for coding in ('last', 'prefix', 'tape')),  # no other form
     *((task, 'prefix') for task in OUTPUTS),  # whole strings alone are answered
     *((task, 'last') for task in OUTPUTS if TASKS[task]().n_outputs(9) > 1),  # in more than one place
     *((task, 'seq2seq') for task in NAMES),  # one text each
