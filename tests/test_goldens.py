@@ -27,7 +27,7 @@ from looped_nbs.experiments import (
     timestep_published,  # noqa: F401, registers a mixer
 )
 from looped_nbs.experiments.fastweight import ResidualNormBlock
-from looped_nbs.interop import chunked, counting, fastweight, icl, timestep, translation
+from looped_nbs.interop import ancestor, chunked, counting, fastweight, icl, timestep, translation
 from looped_nbs.interop.adapt import Move, build, give, take
 from looped_nbs.layers.attention import Attention
 from looped_nbs.layers.block import Block, FeedForward
@@ -154,8 +154,7 @@ NOT_BUILT = {
         transformer_addinputs tying
     '''),
     'part 6': _stems('chunked', '''
-        brt_chunk1 brt_chunk2 brt_chunk4 brt_chunk8 brt_layers2_rec1 dm_encdec_none dm_encdec_rotary
-        dm_encdec_sin_cos dm_lstm dm_ndstack_rnn dm_rnn dm_stack_lstm dm_stack_rnn dm_tape_rnn
+        brt_chunk1 brt_chunk2 brt_chunk4 brt_chunk8 brt_layers2_rec1
         staircase_chunk1 staircase_chunk1_cache1 staircase_chunk1_cache2 staircase_chunk1_cacheall
         staircase_chunk1_group2 staircase_chunk2 staircase_chunk2_cache1 staircase_chunk2_cache2
         staircase_chunk2_cacheall staircase_chunk2_group2 staircase_chunk4 staircase_chunk4_cache1
@@ -253,6 +252,30 @@ def check_chunked_model(case):
         targets = F.pad(targets[:, None], (tokens.shape[1] - 1, 0))
     lengths = torch.full((len(tokens),), tokens.shape[1])
     batch = Batch(tokens, targets, mask, mask, lengths)
+    output = _assert_training(case, adapted, model, batch, TokenClassification())
+    case.close(output.final if every else output.final[:, -1], case['out.logits'], 'out.logits')
+
+
+def check_ancestor(case):
+    adapted = ancestor.adapt(case.part('param'), case.config | {'dropout_prob': 0.})
+    model = build(adapted).train()
+    _assert_moves(case, adapted, model)
+    tokens, targets = _tokens(case['in.x']), _tokens(case['in.target'])
+    every = targets.ndim == 2
+    pair = case.meta['architecture'] == 'encdec'
+    if not every:
+        assert not pair
+        targets = F.pad(targets[:, None], (tokens.shape[1] - 1, 0))
+    real = torch.ones_like(targets, dtype=torch.bool)
+    asked = real if every else torch.arange(targets.shape[1]).expand_as(real) == targets.shape[1] - 1
+    given = tokens
+    if pair: given = F.pad(targets[:, :-1], (1, 0), value=adapted.sizes[1])
+    batch = Batch(given, targets, asked, asked, real.sum(1))
+    if pair:
+        known = torch.ones_like(tokens, dtype=torch.bool)
+        batch.source = Batch(tokens, tokens, known, known, known.sum(1))
+    if 'input_length_argument' in case.meta:
+        batch.prompt_lengths = torch.full((len(tokens),), case.meta['input_length_argument'])
     output = _assert_training(case, adapted, model, batch, TokenClassification())
     case.close(output.final if every else output.final[:, -1], case['out.logits'], 'out.logits')
 
@@ -906,6 +929,10 @@ BUILT = {
         task_deepmind_missing_duplicate_string task_deepmind_odds_first task_deepmind_binary_addition
         task_deepmind_binary_multiplication task_deepmind_compute_sqrt task_deepmind_bucket_sort
     '''), check_suite_task),
+    **dict.fromkeys(_stems('chunked', '''
+        dm_rnn dm_lstm dm_stack_rnn dm_stack_lstm dm_ndstack_rnn dm_tape_rnn
+        dm_encdec_none dm_encdec_rotary dm_encdec_sin_cos
+    '''), check_ancestor),
     'chunked/padding': check_padding,
     **dict.fromkeys(_stems('counting', '''
         ct_ape ct_ape_initsine_freeze ct_ape_rdmz ct_ape_shift ct_nope ct_nope_noscale ct_nope_tied

@@ -50,13 +50,14 @@ class Coding:
         raise NotImplementedError
 
 # %% ../../nbs/04_tasks/01_codings.ipynb #7f1fece3
-def _batch(tokens, targets, mask, lengths, problem, scored=None):
+def _batch(tokens, targets, mask, lengths, problem, scored=None, given=None):
     "A batch of arrays; keys are masked only where strings differ in length; all that is trained on is scored."
     as_long = lambda a: torch.from_numpy(np.ascontiguousarray(a, dtype=np.int64))
     mask, lengths, time = torch.from_numpy(mask), as_long(lengths), tokens.shape[1]
     real = None if bool((lengths == time).all()) else torch.arange(time) < lengths[:, None]
     scored = mask if scored is None else torch.from_numpy(scored)
-    return Batch(as_long(tokens), as_long(targets), mask, scored, lengths, lengths,
+    given = lengths if given is None else as_long(given)
+    return Batch(as_long(tokens), as_long(targets), mask, scored, lengths, given,
                  advance=real, key_mask=real, problem=problem)
 
 def _at(places, time):
@@ -136,7 +137,7 @@ class Tape(Coding):
         tape, mask, lengths = self._tape(problem, vocab, outputs.shape[1])
         targets = np.zeros_like(tape)
         targets[mask] = outputs.flatten()
-        return _batch(tape, targets, mask, lengths, problem, _scored(problem, mask))
+        return _batch(tape, targets, mask, lengths, problem, _scored(problem, mask), problem['lengths'])
 
 # %% ../../nbs/04_tasks/01_codings.ipynb #fb24d73a
 @register_coding('forced')
@@ -151,7 +152,7 @@ class Forced(Tape):
         tape[given] = outputs.flatten()
         mask, targets = marked & np.roll(marked, -1, axis=1), np.zeros_like(tape)
         targets[mask] = outputs.flatten()
-        return _batch(tape, targets, mask, lengths, problem, _scored(problem, mask))
+        return _batch(tape, targets, mask, lengths, problem, _scored(problem, mask), problem['lengths'])
 
 # %% ../../nbs/04_tasks/01_codings.ipynb #ac3f288d
 @register_coding('prompt')
