@@ -25,7 +25,7 @@ from ..evaluation.report import Table, plot_curves, table
 from ..evaluation.validation import Validate
 from . import chunked, counting, demo, fastweight, icl  # noqa: F401  registers presets
 from ..layers.loop import settled
-from ..models import encoder_decoder, fast_weights, recurrent, transformer  # noqa: F401  register
+from ..models import encoder_decoder, fast_weights, memory, recurrent, transformer  # noqa: F401
 from ..models.base import MODELS, SequenceModel
 from ..tasks import counting as counting_tasks  # noqa: F401  registers tasks
 from looped_nbs.tasks import (  # noqa: F401  register tasks
