@@ -46,12 +46,13 @@ def _plain(params, config):
 def _stack(params, config):
     (d_model, d_out), there = _sizes(params), 'stack_rnn_core'
     core, moves = _core(params, f'{there}/~/', f'{LAYER}.core')
-    memory = f'{LAYER}.memory'
-    moves += _map(f'{there}/linear', f'{memory}.value') + _map(f'{there}/linear_1', f'{memory}.action')
+    held = f'{LAYER}.memory'
+    moves += _map(f'{there}/linear', f'{held}.value') + _map(f'{there}/linear_1', f'{held}.action')
     n_stacks = config.get('n_stacks', 1)
     fields = {'d_model': d_model, 'n_stacks': n_stacks, 'n_cells': config.get('stack_size', 30),
               'd_cell': params[f'{there}/linear/b'].numel() // n_stacks}
-    return f"stack_{'lstm' if core == 'lstm' else 'rnn'}", (need(config, 'input_size'), d_out, False), fields, moves
+    return f"stack_{'lstm' if core == 'lstm' else 'rnn'}", (need(config, 'input_size'), d_out,
+            False), fields, moves
 
 def _nd_stack(params, config):
     (d_model, d_out), there = _sizes(params), 'nd_stack_rnn_core'
@@ -65,10 +66,10 @@ def _nd_stack(params, config):
 def _tape(params, config):
     (d_model, d_out), there = _sizes(params), 'tape_input_length_jump_core'
     core, moves = _core(params, f'{there}/~/', f'{LAYER}.core')
-    memory, n_tapes = f'{LAYER}.memory', config.get('n_tapes', 1)
+    held, n_tapes = f'{LAYER}.memory', config.get('n_tapes', 1)
     widths = tuple(config.get('mlp_layers_size', (64, 64)))
-    for i in range(len(widths) + 1): moves += _map(f'{there}/mlp/~/linear_{i}', f'{memory}.value.{2 * i}')
-    for i in range(n_tapes): moves += _map(f'{there}/linear' + f'_{i}' * (i > 0), f'{memory}.moves.{i}')
+    for i in range(len(widths) + 1): moves += _map(f'{there}/mlp/~/linear_{i}', f'{held}.value.{2 * i}')
+    for i in range(n_tapes): moves += _map(f'{there}/linear' + f'_{i}' * (i > 0), f'{held}.moves.{i}')
     written = params[f'{there}/mlp/~/linear_{len(widths)}/b'].numel()
     fields = {'d_model': d_model, 'core': core, 'n_tapes': n_tapes, 'd_write': widths,
               'n_cells': config.get('memory_size', 30), 'd_cell': written // n_tapes}
@@ -93,7 +94,8 @@ def _half(there, here, n_layers, attentions, norms):
             yield from _map(f'{there}/linear_{2 * i + j + 1}', f'{block}.{part}')
         for j, part in enumerate(norms):
             norm = f'{there}/{_nth("layer_norm", i * len(norms) + j)}'
-            yield from (Move(f'{norm}/{a}', f'{block}.{part}.{b}') for a, b in (('scale', 'weight'), ('offset', 'bias')))
+            yield from (Move(f'{norm}/{a}', f'{block}.{part}.{b}') for a, b in (('scale', 'weight'),
+                    ('offset', 'bias')))
 
 # %% ../../nbs/07_interop/07_ancestor.ipynb #18faae5d
 def _encoder_decoder(params, config):

@@ -150,7 +150,11 @@ def stack_step(
     return torch.stack([push * a + pop * b + noop * m
                         for a, b, m in zip(above, below, stack.unbind(2), strict=False)], 2)
 
-def stack_step_fast(stack, value, actions):
+def stack_step_fast(
+    stack: Tensor, # (batch, stacks, cells, d_cell), top first
+    value: Tensor, # what is pushed (batch, stacks, d_cell)
+    actions: Tensor, # probabilities of push, pop and nothing (batch, stacks, 3)
+) -> Tensor: # the new stack
     "As `stack_step`, all cells at once."
     push, pop, noop = (p[..., None, None] for p in actions.unbind(-1))
     long = torch.cat([value[:, :, None], stack, torch.zeros_like(value)[:, :, None]], 2)
@@ -166,7 +170,8 @@ class StackMemory(NoMemory):
         n_stacks: int = 1, # stacks
     ):
         super().__init__()
-        self.shape = at_least('n_stacks', n_stacks, 1), at_least('n_cells', n_cells, 1), at_least('d_cell', d_cell, 1)
+        self.shape = at_least('n_stacks', n_stacks, 1), at_least('n_cells', n_cells, 1), at_least('d_cell',
+                d_cell, 1)
         self.d_read = n_stacks * d_cell
         self.value, self.action = nn.Linear(d_model, self.d_read), nn.Linear(d_model, 3 * n_stacks)
 
@@ -206,12 +211,18 @@ def tape_step(
         rows.append(sum(p[:, i, None, None] * new for i, new in enumerate(turned)))
     return torch.stack(rows)
 
-def tape_step_fast(tape, value, moves, jump):
+def tape_step_fast(
+    tape: Tensor, # (batch, tapes, cells, d_cell), head at cell 0
+    value: Tensor, # what is written (batch, tapes, d_cell)
+    moves: Tensor, # probabilities (batch, tapes, 5)
+    jump: Tensor, # cells of the long moves (batch,)
+) -> Tensor: # the new tape
     "As `tape_step`, by indices and all rows at once."
     n_cells = tape.shape[2]
     written = torch.cat([value[:, :, None], tape[:, :, 1:]], 2)
     new = moves[..., 0, None, None] * written
-    new = new + moves[..., 1, None, None] * written.roll(-1, 2) + moves[..., 2, None, None] * written.roll(1, 2)
+    new = new + moves[..., 1, None, None] * written.roll(-1, 2) + moves[..., 2, None, None] * written.roll(1,
+            2)
     place = torch.arange(n_cells, device=tape.device)
     for move, far in ((3, jump), (4, -jump)):
         index = ((place + far[:, None]) % n_cells)[:, None, :, None].expand_as(written)
@@ -229,9 +240,11 @@ class TapeMemory(NoMemory):
         d_write: tuple[int, ...] = (64, 64), # inner widths of the network that makes values
     ):
         super().__init__()
-        self.shape = at_least('n_tapes', n_tapes, 1), at_least('n_cells', n_cells, 1), at_least('d_cell', d_cell, 1)
+        self.shape = at_least('n_tapes', n_tapes, 1), at_least('n_cells', n_cells, 1), at_least('d_cell',
+                d_cell, 1)
         self.d_read, widths = n_tapes * d_cell, (d_model, *d_write)
-        inner = [part for a, b in zip(widths, widths[1:], strict=False) for part in (nn.Linear(a, b), nn.ReLU())]
+        inner = [part for a, b in zip(widths, widths[1:], strict=False) for part in (nn.Linear(a, b),
+                nn.ReLU())]
         self.value = nn.Sequential(*inner, nn.Linear(widths[-1], self.d_read))
         self.moves = nn.ModuleList(nn.Linear(d_model, 5) for _ in range(n_tapes))
 
@@ -258,7 +271,8 @@ class TapeRNN(MemoryMixer):
         d_write: tuple[int, ...] = (64, 64), # inner widths of the network that makes values
         core: str = 'elman', # elman or lstm
     ):
-        super().__init__(d_model, TapeMemory(d_model, d_cell, n_cells, n_tapes, d_write), pick_core(core), d_in)
+        super().__init__(d_model, TapeMemory(d_model, d_cell, n_cells, n_tapes, d_write), pick_core(core),
+                d_in)
 
 # %% ../../nbs/02_layers/09_memories.ipynb #d0180d02
 def nd_column(
@@ -276,7 +290,12 @@ def nd_column(
         column.append(new)
     return torch.stack([*column, push], 1)
 
-def nd_column_fast(table, push, pop, replace):
+def nd_column_fast(
+    table: Tensor, # weights from step to step, as `nd_column` takes them
+    push: Tensor, # (batch, states, symbols, states, symbols)
+    pop: Tensor, # (batch, states, symbols, states)
+    replace: Tensor, # (batch, states, symbols, states, symbols)
+) -> Tensor: # weights from every step to step t
     "As `nd_column`, all steps at once."
     if not table.shape[1]: return push[:, None]
     last = table[:, :, -1]
@@ -330,4 +349,5 @@ class NDStackRNN(MemoryMixer):
         read_states: bool = False, # read each pair of state and symbol, or symbols alone?
         core: str = 'elman', # elman or lstm
     ):
-        super().__init__(d_model, NDStackMemory(d_model, n_symbols, n_states, read_states), pick_core(core), d_in)
+        super().__init__(d_model, NDStackMemory(d_model, n_symbols, n_states, read_states), pick_core(core),
+                d_in)

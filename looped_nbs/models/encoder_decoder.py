@@ -156,12 +156,12 @@ class EncoderDecoder(SequenceModel):
     ):
         nn.Module.__init__(self)
         layers = n_layers, n_layers if decoder_layers is None else decoder_layers
-        sizes = {'d_model': d_model, 'n_heads': n_heads, 'n_layers': layers[0], 'decoder_layers': layers[1]}
-        self._check(features, dropout, **sizes)
+        self._check(features, dropout, d_model=d_model, n_heads=n_heads, n_layers=layers[0],
+                decoder_layers=layers[1])
         self.d_model, self.features, self.dropout = d_model, False, nn.Dropout(dropout)
         self._tables(d_in, d_out if d_target is None else d_target, d_out, shared, tied)
         self.cross_positions = cross_positions
-        self._number(positions, n_heads, max_len)
+        self._number(positions, n_heads, max_len, cross_positions)
         attention = {'n_heads': n_heads, 'dropout': dropout, 'bias': attention_bias}
         inner = partial(FeedForward, d_model, 4 * d_model if d_ff is None else d_ff, activation, dropout)
         block = {'d_model': d_model, 'norm': norm, 'dropout': dropout, 'norm_type': norm_type}
@@ -188,12 +188,14 @@ class EncoderDecoder(SequenceModel):
         self.embed, self.tied = nn.Embedding(d_target, self.d_model), tied
         self.head = TiedHead(self.d_model, d_out) if tied else nn.Linear(self.d_model, d_out)
 
-    def _number(self, positions, n_heads, max_len):
+    def _number(self, positions, n_heads, max_len, cross_positions):
         "The scheme of positions, one for both halves."
         self.scheme = build_positions(positions, self.d_model, n_heads, max_len)
         self.input_scale = math.sqrt(self.d_model)
-        if self.cross_positions and not isinstance(self.scheme, RotaryPositions):
-            raise FieldError('cross_positions', True, f'false when positions = {positions}: only rotary ones turn')
+        self.cross_positions = cross_positions
+        if cross_positions and not isinstance(self.scheme, RotaryPositions):
+            raise FieldError('cross_positions', True,
+                    f'false when positions = {positions}: only rotary ones turn')
         if self.scheme.fills: raise FieldError('positions', positions, 'one that leaves the embedding whole')
 
     def _halves(self, layers, n_loops, inject, own, cross, inner, block):
@@ -212,7 +214,8 @@ class EncoderDecoder(SequenceModel):
     def _block(self, mixer, cross, feedforward, d_model, norm, dropout, norm_type):
         "One block, of the encoder where there is nothing to read across."
         if cross is None: return Block(mixer, feedforward, d_model, norm, dropout, norm_type)
-        return DecoderBlock(mixer, cross, feedforward, d_model, norm, dropout, norm_type, self.cross_positions)
+        return DecoderBlock(mixer, cross, feedforward, d_model, norm, dropout, norm_type,
+                self.cross_positions)
 
     def _layers(self, n, mixer, cross, feedforward, **block):
         "The blocks of one half."

@@ -6,7 +6,6 @@
 __all__ = ['MemoryModel', 'ForgetLSTMModel', 'StackRNNModel', 'StackLSTMModel', 'NDStackRNNModel', 'TapeRNNModel']
 
 # %% ../../nbs/03_models/07_memory.ipynb #c430a4ac
-import torch
 from torch import nn
 
 from ..core.errors import at_least, one_of

@@ -51,7 +51,7 @@ class Coding:
 
 # %% ../../nbs/04_tasks/01_codings.ipynb #7f1fece3
 def _batch(tokens, targets, mask, lengths, problem, scored=None, given=None):
-    "A batch of arrays; keys are masked only where strings differ in length; all that is trained on is scored."
+    "A batch of arrays; keys are masked only where lengths differ; by default all that is trained is scored."
     as_long = lambda a: torch.from_numpy(np.ascontiguousarray(a, dtype=np.int64))
     mask, lengths, time = torch.from_numpy(mask), as_long(lengths), tokens.shape[1]
     real = None if bool((lengths == time).all()) else torch.arange(time) < lengths[:, None]

@@ -207,7 +207,8 @@ class ComputeSqrt(OutputTask):
 
     def strings(self, rng, n, length):
         tokens = super().strings(rng, n, length)
-        while len(zero := np.flatnonzero(~tokens.any(1))): tokens[zero] = super().strings(rng, len(zero), length)
+        while len(zero := np.flatnonzero(~tokens.any(1))): tokens[zero] = super().strings(rng, len(zero),
+                length)
         return tokens
 
     def solve(self, tokens):
