@@ -35,7 +35,7 @@ from looped_nbs.experiments import (
     timestep_published,  # noqa: F401, registers a mixer
 )
 from looped_nbs.experiments.fastweight import ResidualNormBlock
-from looped_nbs.interop import chunked, counting, fastweight, icl, timestep, translation
+from looped_nbs.interop import ancestor, chunked, counting, fastweight, icl, timestep, translation
 from looped_nbs.interop.adapt import Move, build, give, take
 from looped_nbs.layers.attention import Attention
 from looped_nbs.layers.block import Block, FeedForward
@@ -55,6 +55,7 @@ from looped_nbs.ops.scan import selective_scan
 from looped_nbs.ops.srwm import srwm
 from looped_nbs.ops.wkv import wkv5, wkv6
 from looped_nbs.tasks import (  # noqa: F401, register the tasks
+    context_sensitive,
     counting_modular,
     counting_shifted,
     edit_distance,
@@ -71,6 +72,7 @@ from looped_nbs.tasks import (  # noqa: F401, register the tasks
     trees,
 )
 from looped_nbs.tasks.codings import CODINGS
+from looped_nbs.tasks.context_free import OutputTask
 from looped_nbs.tasks.counting import label_counting
 from looped_nbs.tasks.counting_auxiliary import label_addbigram, label_addtable, label_fillers
 from looped_nbs.tasks.counting_raspl import label_raspl
@@ -159,16 +161,6 @@ COUNTING_FILES = [
 
 # Stems that have cases but no counterpart in the library yet, by the part of the plan that builds them.
 NOT_BUILT = {
-    'part 6': _stems('chunked', '''
-        dm_encdec_none dm_encdec_rotary dm_encdec_sin_cos dm_lstm dm_ndstack_rnn dm_rnn
-        dm_stack_lstm dm_stack_rnn dm_tape_rnn task_deepmind_binary_addition
-        task_deepmind_binary_multiplication task_deepmind_bucket_sort task_deepmind_compute_sqrt
-        task_deepmind_cycle_navigation task_deepmind_duplicate_string task_deepmind_even_pairs
-        task_deepmind_missing_duplicate_string task_deepmind_modular_arithmetic
-        task_deepmind_modular_arithmetic_brackets task_deepmind_modular_arithmetic_brackets_nomult
-        task_deepmind_odds_first task_deepmind_parity_check task_deepmind_reverse_string
-        task_deepmind_solve_equation task_deepmind_stack_manipulation
-    '''),
     'part 7': _stems('counting', '''
         mamba op_s4block op_s4block_diag_noglu rwkv5 rwkv5_init rwkv6 rwkv6_init s4 s4_tied
         train_trace_s4
@@ -272,8 +264,32 @@ def check_chunked_model(case):
     if adapted.model == 'staircase': _assert_fast_staircase(adapted, batch)
 
 
-def check_ibm_task(case):
-    name, fields = case.stem.removeprefix('chunked/task_ibm_'), {}
+def check_ancestor(case):
+    adapted = ancestor.adapt(case.part('param'), case.config | {'dropout_prob': 0.})
+    model = build(adapted).train()
+    _assert_moves(case, adapted, model)
+    tokens, targets = _tokens(case['in.x']), _tokens(case['in.target'])
+    every = targets.ndim == 2
+    pair = case.meta['architecture'] == 'encdec'
+    if not every:
+        assert not pair
+        targets = F.pad(targets[:, None], (tokens.shape[1] - 1, 0))
+    real = torch.ones_like(targets, dtype=torch.bool)
+    asked = real if every else torch.arange(targets.shape[1]).expand_as(real) == targets.shape[1] - 1
+    given = tokens
+    if pair: given = F.pad(targets[:, :-1], (1, 0), value=adapted.sizes[1])
+    batch = Batch(given, targets, asked, asked, real.sum(1))
+    if pair:
+        known = torch.ones_like(tokens, dtype=torch.bool)
+        batch.source = Batch(tokens, tokens, known, known, known.sum(1))
+    if 'input_length_argument' in case.meta:
+        batch.prompt_lengths = torch.full((len(tokens),), case.meta['input_length_argument'])
+    output = _assert_training(case, adapted, model, batch, TokenClassification())
+    case.close(output.final if every else output.final[:, -1], case['out.logits'], 'out.logits')
+
+
+def check_ibm_task(case, prefix='task_ibm_'):
+    name, fields = case.stem.removeprefix(f'chunked/{prefix}'), {}
     if name.startswith('parallel'):
         name, n, kind = re.fullmatch(r'(.*)_n(\d+)_(\w+)', name).groups()
         fields = {'n_strings': int(n), 'explicit_tokens': kind == 'explicit'}
@@ -292,6 +308,35 @@ def check_ibm_task(case):
         drawn = task.draw(np.random.default_rng(0), 4, length=int(length))['tokens']
         assert drawn.shape[1] == tokens.shape[1] == facts['input_length']
         assert facts['output_length'] == facts['declared_output_length'] == 1
+
+
+def check_suite_task(case):
+    name = case.stem.removeprefix('chunked/task_deepmind_')
+    fields = {'products': False} if name.endswith('_nomult') else {}
+    name = name.removesuffix('_nomult')
+    if not issubclass(TASKS[name], OutputTask): return check_ibm_task(case, 'task_deepmind_')
+    task = TASKS[name](**fields)
+    assert (len(task.symbols) <= case.meta['input_size'], task.d_out) == (True, case.meta['output_size'])
+    for length, facts in case.meta['lengths'].items():
+        tokens, right = case[f'in.len{length}'].numpy(), case[f'out.len{length}'].numpy()
+        right = right.reshape(len(tokens), -1)
+        assert tokens.max() < len(task.symbols) and tokens.shape[1] == facts['input_length'] == int(length)
+        assert right.shape[1] == facts['declared_output_length'] == task.n_outputs(int(length))
+        problem = task.pose(tokens)
+        np.testing.assert_array_equal(problem['outputs'], right)
+        np.testing.assert_array_equal(task.label(problem), right)
+        mask = case.tensors.get(f'out.mask.len{length}')
+        scored = problem.get('scored_outputs', np.ones_like(right))
+        if mask is not None:
+            np.testing.assert_array_equal(scored, case[f'out.mask.len{length}'].numpy().reshape(right.shape))
+        else: assert scored.all()
+        for coding in task.codings:
+            seen = TASKS[name](coding=coding, **fields).encode(problem)
+            np.testing.assert_array_equal(seen.targets[seen.loss_mask].view(right.shape), right)
+            assert seen.inputs.shape[1] <= TASKS[name](coding=coding, **fields).coded_time(int(length))
+            np.testing.assert_array_equal(seen.targets[seen.score_mask], right[scored.astype(bool)])
+        drawn = task.draw(np.random.default_rng(0), 4, length=int(length))
+        assert drawn['tokens'].shape[1:] == tokens.shape[1:] and drawn['outputs'].shape[1:] == right.shape[1:]
 
 
 def check_padding(case):
@@ -1318,6 +1363,18 @@ BUILT = {
         task_ibm_parallel_parity_check_n2_explicit task_ibm_parallel_parity_check_n3_implicit
         task_ibm_parallel_parity_check_n4_explicit
     '''), check_ibm_task),
+    **dict.fromkeys(_stems('chunked', '''
+        task_deepmind_parity_check task_deepmind_even_pairs task_deepmind_cycle_navigation
+        task_deepmind_modular_arithmetic task_deepmind_modular_arithmetic_brackets
+        task_deepmind_modular_arithmetic_brackets_nomult task_deepmind_reverse_string
+        task_deepmind_solve_equation task_deepmind_stack_manipulation task_deepmind_duplicate_string
+        task_deepmind_missing_duplicate_string task_deepmind_odds_first task_deepmind_binary_addition
+        task_deepmind_binary_multiplication task_deepmind_compute_sqrt task_deepmind_bucket_sort
+    '''), check_suite_task),
+    **dict.fromkeys(_stems('chunked', '''
+        dm_rnn dm_lstm dm_stack_rnn dm_stack_lstm dm_ndstack_rnn dm_tape_rnn
+        dm_encdec_none dm_encdec_rotary dm_encdec_sin_cos
+    '''), check_ancestor),
     'chunked/padding': check_padding,
     **dict.fromkeys(_stems('counting', '''
         ct_ape ct_ape_initsine_freeze ct_ape_rdmz ct_ape_shift ct_nope ct_nope_noscale ct_nope_tied

@@ -11,19 +11,28 @@ from looped_nbs.experiments.run import MODELS, TASKS, build, configure
 from looped_nbs.layers.mixer import MIXERS
 from looped_nbs.layers.positions import POSITIONS
 from looped_nbs.tasks.codings import CODINGS
+from looped_nbs.tasks.context_free import OutputTask
 from looped_nbs.tasks.counting_lines import families
+from looped_nbs.tasks.dynamic import DynamicTask
 from looped_nbs.training.loop import Trainer
 
 # One name for each class: published names of one family differ in their defaults.
 NAMES = [name for name in families() if name != 'translation']  # which has tests of its own
 PROMPTS = [name for name in NAMES if TASKS[name].level == 'regression']
 TOKENS = [name for name in NAMES if name not in PROMPTS]
+DYNAMIC = [name for name in TOKENS if issubclass(TASKS[name], DynamicTask)]
+OUTPUTS = [name for name in TOKENS if issubclass(TASKS[name], OutputTask)]
 LANGUAGES = [name for name in TOKENS if name.startswith('language_')]
 REFUSED = {  # (task, coding): the only combinations that may be refused
     *((task, coding) for task in TOKENS for coding in ('prompt', 'prompt_classes')),  # no points, no values
     *((task, 'forced') for task in TOKENS if 'forced' not in TASKS[task].codings),
     *((task, 'multi_hot') for task in TOKENS if task not in LANGUAGES),  # answers that are no sets
     *((task, coding) for task in LANGUAGES for coding in ('last', 'tape')),  # whole strings are all accepted
+    *((task, 'answer') for task in NAMES if task not in DYNAMIC),  # nothing to separate from a problem
+    *((task, 'chain') for task in NAMES if 'chain' not in TASKS[task].codings),  # nor thoughts
+    *((task, coding) for task in DYNAMIC for coding in ('last', 'prefix', 'tape')),  # no other form
+    *((task, 'prefix') for task in OUTPUTS),  # whole strings alone are answered
+    *((task, 'last') for task in OUTPUTS if TASKS[task]().n_outputs(9) > 1),  # in more than one place
     *((task, 'seq2seq') for task in NAMES),  # one text each
     *((task, 'next_token') for task in NAMES if task != 'text'),  # only a text goes on and on
     *(('text', coding) for coding in CODINGS if coding != 'next_token'),  # and is asked nothing else

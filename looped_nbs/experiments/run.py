@@ -40,6 +40,7 @@ from looped_nbs.models import (  # noqa: F401  register
     encoder_decoder,
     fast_weights,
     loop_variants,
+    memory,
     recurrent,
     transformer,
 )
@@ -47,6 +48,8 @@ from ..models.base import MODELS, SequenceModel
 from ..tasks import counting as counting_tasks  # noqa: F401  registers tasks
 from looped_nbs.tasks import (  # noqa: F401  register tasks
     arithmetic,
+    context_free,
+    context_sensitive,
     counting_modular,
     counting_raspl,
     counting_selective,

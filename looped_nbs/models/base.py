@@ -70,8 +70,8 @@ register_model = registrar(MODELS)
 class SequenceModel(nn.Module):
     "Read a batch, loop a body over it, read logits out of its states."
     # what this model can be trained on
-    codings = ('last', 'tape', 'prefix', 'multi_hot', 'prompt', 'prompt_classes', 'next_token', 'answer',
-               'chain')
+    codings = ('last', 'tape', 'forced', 'prefix', 'multi_hot', 'prompt', 'prompt_classes', 'next_token',
+               'answer', 'chain')
 
     def __init__(self,
         d_in: int, # size of the vocabulary, or width of the features

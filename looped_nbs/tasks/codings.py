@@ -50,12 +50,14 @@ class Coding:
         raise NotImplementedError
 
 # %% ../../nbs/04_tasks/01_codings.ipynb #7f1fece3
-def _batch(tokens, targets, mask, lengths, problem):
-    "A batch of arrays; keys are masked only where strings differ in length."
+def _batch(tokens, targets, mask, lengths, problem, scored=None, given=None):
+    "A batch of arrays; keys are masked only where lengths differ; by default all that is trained is scored."
     as_long = lambda a: torch.from_numpy(np.ascontiguousarray(a, dtype=np.int64))
     mask, lengths, time = torch.from_numpy(mask), as_long(lengths), tokens.shape[1]
     real = None if bool((lengths == time).all()) else torch.arange(time) < lengths[:, None]
-    return Batch(as_long(tokens), as_long(targets), mask, mask, lengths, lengths,
+    scored = mask if scored is None else torch.from_numpy(scored)
+    given = lengths if given is None else as_long(given)
+    return Batch(as_long(tokens), as_long(targets), mask, scored, lengths, given,
                  advance=real, key_mask=real, problem=problem)
 
 def _at(places, time):
@@ -70,6 +72,13 @@ def _outputs(problem):
     "The output to the whole string (n, outputs): a sequence where there is one, else the answer."
     return problem['outputs'] if 'outputs' in problem else _final(problem)
 
+def _scored(problem, mask):
+    "Where outputs are scored (n, time): all of them, unless the problem says which."
+    if 'scored_outputs' not in problem: return None
+    scored = np.zeros_like(mask)
+    scored[mask] = problem['scored_outputs'].flatten()
+    return scored
+
 # %% ../../nbs/04_tasks/01_codings.ipynb #7fb4aa01
 @register_coding('last')
 class Last(Coding):
@@ -77,7 +86,7 @@ class Last(Coding):
     def __call__(self, problem, vocab):
         tokens = problem['tokens']
         mask = _at(problem['lengths'] - 1, tokens.shape[1])
-        return _batch(tokens, mask * _final(problem), mask, problem['lengths'], problem)
+        return _batch(tokens, mask * _outputs(problem), mask, problem['lengths'], problem)
 
 @register_coding('prefix')
 class Prefix(Coding):
@@ -128,7 +137,7 @@ class Tape(Coding):
         tape, mask, lengths = self._tape(problem, vocab, outputs.shape[1])
         targets = np.zeros_like(tape)
         targets[mask] = outputs.flatten()
-        return _batch(tape, targets, mask, lengths, problem)
+        return _batch(tape, targets, mask, lengths, problem, _scored(problem, mask), problem['lengths'])
 
 # %% ../../nbs/04_tasks/01_codings.ipynb #fb24d73a
 @register_coding('forced')
@@ -143,9 +152,9 @@ class Forced(Tape):
         tape[given] = outputs.flatten()
         mask, targets = marked & np.roll(marked, -1, axis=1), np.zeros_like(tape)
         targets[mask] = outputs.flatten()
-        return _batch(tape, targets, mask, lengths, problem)
+        return _batch(tape, targets, mask, lengths, problem, _scored(problem, mask), problem['lengths'])
 
-# %% ../../nbs/04_tasks/01_codings.ipynb #bdb6e316
+# %% ../../nbs/04_tasks/01_codings.ipynb #ac3f288d
 @register_coding('prompt')
 class Prompt(Coding):
     "Points and values in turn; each value is predicted at its point."
@@ -163,7 +172,7 @@ class Prompt(Coding):
         inputs, targets = torch.stack([xs, values], 2).flatten(1, 2), ys.repeat_interleave(2, 1)
         return Batch(inputs, targets, mask, mask, lengths, problem=problem)
 
-# %% ../../nbs/04_tasks/01_codings.ipynb #3f2814ab
+# %% ../../nbs/04_tasks/01_codings.ipynb #00886f64
 @register_coding('next_token')
 class NextToken(Coding):
     "Every token is predicted from those before it."
@@ -177,7 +186,7 @@ class NextToken(Coding):
         mask = real & problem['scored'] if 'scored' in problem else real
         return _batch(tokens[:, :-1], tokens[:, 1:], mask, lengths, problem)
 
-# %% ../../nbs/04_tasks/01_codings.ipynb #03e59d66
+# %% ../../nbs/04_tasks/01_codings.ipynb #4d55526c
 def _framed(words, lengths, vocab):
     "Words between `<bos>` and `<eos>`, padded (n, time + 2)."
     pad, bos, eos = (vocab.index(word) for word in ('<pad>', '<bos>', '<eos>'))

@@ -85,6 +85,12 @@ class Task:
         "The length of a problem at one value of the axis."
         return value
 
+    def n_outputs(self,
+        value: int, # of the axis
+    ) -> int: # symbols
+        "The length of the output that a tape asks for at one value of the axis."
+        return 1
+
 # %% ../../nbs/04_tasks/02_task.ipynb #aacdd23c
 def range_of(
     rng: np.random.Generator, # the batch's own stream
@@ -210,14 +216,21 @@ def enumerated(self: Task,
     return {k: v[rows] for k, v in problems.items()}
 
 @patch
+def coded_time(self: Task,
+    value: int, # of the axis
+) -> int: # positions
+    "The coded input of a problem at one value of the axis, with all of its output."
+    return self.encoder.time(self.length(value)) + self.n_outputs(value) - 1
+
+@patch
 def max_time(self: Task) -> int: # positions
     "The longest coded input of any split."
-    return max(self.encoder.time(self.length(self.axis_range(s)[1])) for s in self.splits)
+    return max(self.coded_time(self.axis_range(s)[1]) for s in self.splits)
 
 @patch
 def reached(self: Task) -> int: # positions
     "The positions that training reached: beyond training only later ones are scored."
-    return self.encoder.time(self.length(self.axis_range('train')[1]))
+    return self.coded_time(self.axis_range('train')[1])
 
 @patch
 def max_positions(self: Task) -> int: # positions
@@ -245,7 +258,7 @@ def check_task(
     "Raise an `AssertionError` unless fast answers equal the definition and batches are reproducible."
     for split, part in task.splits.items():
         problem = task.draw(numpy_stream(0, 'check', split), n, **part.difficulty)
-        answers = problem['answers' if 'answers' in problem else 'ys']
+        answers = next(problem[name] for name in ('answers', 'outputs', 'ys') if name in problem)
         np.testing.assert_allclose(answers, task.label(problem), rtol=1e-6)
         one, two = (task.sample(split, 1, 5, 8) for _ in range(2))
         same = (one.inputs == two.inputs).all() and (one.targets == two.targets).all()

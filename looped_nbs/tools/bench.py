@@ -65,7 +65,7 @@ _PROMPTS = {'n_dims': 20, 'n_points': 101, 'test_points': 102}
 
 def bench_tasks(
     batch_size: int = 1024, # examples in a batch
-    length: int = 40, # symbols, for the regular languages
+    length: int = 40, # symbols, for tasks on strings
 ) -> list[dict]: # one row per task
     "Time sampling and encoding of every family of tasks beside its definition; prompts are of full size."
     rows = []
