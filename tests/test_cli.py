@@ -325,7 +325,7 @@ def test_import_becomes_a_run(checkpoint):
 @pytest.mark.parametrize(('words', 'fragment'), [
     (('--task', 'parity_check'), "task = 'parity_check'"), (('--task.n-dims', '5'), 'task'),
     (('--source', 'somewhere'), "--source = 'somewhere'"), (('--settings', 'n_head'), '--settings'),
-    (('--settings', 'family=gpt2'), 'family'), (('--config', 'absent.yaml'), 'absent.yaml'),
+    (('--settings', 'family=gpt4'), 'family'), (('--config', 'absent.yaml'), 'absent.yaml'),
     (('--task.test-points', '60'), 'max_len'), (('--model.d-model', '3'), 'model.d_model'),
 ], ids=str)
 def test_import_that_does_not_fit(words, fragment, checkpoint):

@@ -123,10 +123,9 @@ class Transformer(SequenceModel):
         init: str = 'gpt2', # initial weights: gpt2, torch, default, clones or haiku
         init_depth: int | None = None, # layers that gpt2 scales residual maps for; none: n_layers
     ):
-        first, body = _assemble(locals())
+        (first, body), self.sees_itself = _assemble(locals()), sees_itself
         super().__init__(d_in, d_out, features, d_model, Loop(body), head_bias, tied, null_row, scale_input,
                          scale_tied, first)
-        self.sees_itself = sees_itself
         initialise(self, init, init_depth)
 
     def keys(self, batch):
