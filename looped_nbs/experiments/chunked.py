@@ -89,7 +89,8 @@ def best_settings(
 ) -> dict[tuple[str, int], list[float]]: # (task, chunk) to the other columns
     "Read a table of best settings."
     rows = [line.split() for line in text.strip().splitlines()]
-    return {(task, int(chunk)): [float(x) if set('.e') & set(x) else int(x) for x in rest] for task, chunk, *rest in rows}
+    number = lambda text: float(text) if set('.e') & set(text) else int(text)
+    return {(task, int(chunk)): list(map(number, rest)) for task, chunk, *rest in rows}
 
 STAIRCASE, BLOCK_RECURRENT = best_settings(_STAIRS), best_settings(_BLOCKS)
 
@@ -97,11 +98,12 @@ STAIRCASE, BLOCK_RECURRENT = best_settings(_STAIRS), best_settings(_BLOCKS)
 def _register_best():
     "Enter the best setting of each architecture, task and chunk."
     for name, settings in (('staircase', STAIRCASE), ('block_recurrent', BLOCK_RECURRENT)):
-        for (task, chunk), (batch_size, d_model, n_heads, lr, dropout, decay, beta, *rest) in settings.items():
+        for (task, chunk), (batch_size, d_model, n_heads, lr, dropout, *rest) in settings.items():
+            decay, beta, *rest = rest
             model, steps = {'name': name, 'chunk': chunk, 'd_model': d_model, 'n_heads': n_heads}, rest[-1]
             if name == 'staircase': model |= {'n_loops': rest[0], 'n_layers': rest[1], 'dropout': dropout}
             else: model |= {'n_states': rest[0], 'n_layers': 3, 'state_layer': 2}
-            described = f'{task.replace("_", " ")}, strings of 1 to 40; {name.replace("_", "-")} in chunks of {chunk}'
+            described = f'{task}, strings of 1 to 40; {name} in chunks of {chunk}'.replace('_', ' ')
             register_preset(f'chunked/{task}/{name}_chunk{chunk}', described,
                             task={'name': task, 'coding': 'last', 'test_length': 500}, model=model,
                             optim={'lr': lr, 'weight_decay': decay, 'betas': (1 - beta, 0.999)},

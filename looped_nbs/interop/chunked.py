@@ -68,8 +68,9 @@ def _staircase(params, config):
 
 # %% ../../nbs/07_interop/02_chunked.ipynb #3303953e
 _STATE_PARTS = {
-    'init_state': 'first', 'state_pos_ids': 'place', 'learned_ema_beta': 'gate', 'state_norm.gamma': 'norm.weight',
-    'q_to_state.weight': 'asked.weight', 'state_to_kv.weight': 'kv.weight', 'state_to_q.weight': 'ask_states.weight',
+    'init_state': 'first', 'state_pos_ids': 'place', 'learned_ema_beta': 'gate',
+    'state_norm.gamma': 'norm.weight', 'q_to_state.weight': 'asked.weight',
+    'state_to_kv.weight': 'kv.weight', 'state_to_q.weight': 'ask_states.weight',
     'q_from_state.weight': 'ask_chunk.weight', 'to_state_out.weight': 'merge.weight',
     'state_out_to_gate.weight': 'update.weight', 'state_out_to_gate.bias': 'update.bias',
     **{f'{there}.{x}_scale': f'gains.{here}.{x}' for x in 'qk' for there, here in (
@@ -77,7 +78,8 @@ _STATE_PARTS = {
 }
 _BLOCK_PARTS = {
     '0.norm.gamma': 'norm1.weight', '0.to_q.weight': 'mixer.q.weight', '0.to_kv.weight': 'mixer.kv.weight',
-    '0.to_out.weight': 'mixer.out.weight', '1.0.gamma': 'norm2.weight', '1.1.weight': 'feedforward.inner.weight',
+    '0.to_out.weight': 'mixer.out.weight', '1.0.gamma': 'norm2.weight',
+    '1.1.weight': 'feedforward.inner.weight',
     '1.3.weight': 'feedforward.outer.weight',
 }
 _STATEFUL = {'0.attn.q_scale': 'mixer.gains.q', '0.attn.k_scale': 'mixer.gains.k'} | {
@@ -107,7 +109,8 @@ def block_moves(
 def _block_recurrent(params, config):
     n_layers, at = count_layers(params, 'model.layers.'), need(config, 'recurrent_layer_index')
     moves = block_moves(n_layers, at)
-    (d_model, d_in), d_out = params['model.token_emb.weight'].shape, params['model.to_logits.1.weight'].shape[0]
+    d_model, d_in = params['model.token_emb.weight'].shape
+    d_out = params['model.to_logits.1.weight'].shape[0]
     fields = {
         'd_model': d_model, 'n_layers': n_layers, 'n_heads': need(config, 'num_heads'),
         'chunk': need(config, 'chunk_size'), 'n_states': need(config, 'num_state_vectors'), 'state_layer': at,
@@ -240,5 +243,6 @@ def adapt(
     if any(n.startswith('transformer.layers.') for n in params): return _transformer(params, config)
     if 'rnn.weight_hh_l0' in params: return _elman(params, config)
     if 'transformer_encoder/linear/w' in params: return _encoder(params, config)
-    allowed = "the state dict of a transformer, universal_transformer, my_staircase, brt, rnn or the ancestor's encoder"
+    known = 'transformer, universal_transformer, my_staircase, brt, rnn'
+    allowed = f"the state dict of a {known} or the ancestor's encoder"
     raise FieldError('checkpoint', next(iter(params), None), allowed)

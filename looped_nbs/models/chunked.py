@@ -20,7 +20,8 @@ from .transformer import Transformer, UniversalTransformer
 class InChunks:
     "What is true of all models that read chunks."
     def begin(self, batch=None, n_loops=None):
-        raise FieldError('model.chunk', self.loop.chunk, 'none, as in other models, where tokens come one by one')
+        allowed = 'none, as in other models, where tokens come one by one'
+        raise FieldError('model.chunk', self.loop.chunk, allowed)
 
 @register_model('chunked_transformer')
 class ChunkedTransformer(InChunks, Transformer):
@@ -62,7 +63,8 @@ class StaircaseTransformer(InChunks, UniversalTransformer):
     ):
         super().__init__(d_in, d_out, features, n_loops=n_loops, causal=causal, init=init, **fields)
         self.mode, body = one_of('mode', mode, MODES), self.loop.body
-        parallel, stairs = Parallel(causal, keys_per_layer), Staircase(cache, diagonal, detach, keys_per_layer)
+        parallel = Parallel(causal, keys_per_layer)
+        stairs = Staircase(cache, diagonal, detach, keys_per_layer)
         if causal: stairs.check(body)
         self.orders = {'parallel': parallel} | ({'staircase': stairs} if causal else {})
         if mode not in self.orders: raise FieldError('causal', False, 'true for a staircase')
@@ -101,14 +103,16 @@ class BlockRecurrentTransformer(InChunks, SequenceModel):
         dropout: float = 0., # of every residual branch and inner layer, a probability
         scale: float | None = None, # of the attention scores; none: one over the root of the head width
     ):
-        for name, value in (('d_model', d_model), ('n_layers', n_layers), ('n_states', n_states)): at_least(name, value, 1)
+        sizes = {'d_model': d_model, 'n_layers': n_layers, 'n_states': n_states}
+        for name, value in sizes.items(): at_least(name, value, 1)
         if not 0 <= dropout < 1: raise FieldError('dropout', dropout, 'a probability in [0, 1)')
         at = (n_layers + 1) // 2 if state_layer is None else state_layer
         if not 1 <= at <= n_layers: raise FieldError('state_layer', at, f'1 to n_layers = {n_layers}')
         inner, blocks = d_model * 8 // 3 if d_ff is None else d_ff, []
         for i in range(1, n_layers + 1):
             mixer = BlockRecurrence(d_model, n_heads, chunk, n_states * (i == at), causal, scale)
-            blocks.append(Block(mixer, GatedFeedForward(d_model, inner, dropout), d_model, norm, dropout, 'layer_gain'))
+            feedforward = GatedFeedForward(d_model, inner, dropout)
+            blocks.append(Block(mixer, feedforward, d_model, norm, dropout, 'layer_gain'))
         body = Stack(blocks, norm=nn.LayerNorm(d_model, bias=False) if norm == 'pre' else None)
         loop = Chunked(body, chunk, order=Carried(causal=causal))
         super().__init__(d_in, d_out, features, d_model, loop)
