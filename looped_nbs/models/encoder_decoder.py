@@ -156,8 +156,7 @@ class EncoderDecoder(SequenceModel):
     ):
         nn.Module.__init__(self)
         layers = n_layers, n_layers if decoder_layers is None else decoder_layers
-        self._check(features, dropout, d_model=d_model, n_heads=n_heads, n_layers=layers[0],
-                decoder_layers=layers[1])
+        self._check(features, dropout, d_model, n_heads, *layers)
         self.d_model, self.features, self.dropout = d_model, False, nn.Dropout(dropout)
         self._tables(d_in, d_out if d_target is None else d_target, d_out, shared, tied)
         self.cross_positions = cross_positions
@@ -170,12 +169,12 @@ class EncoderDecoder(SequenceModel):
                      partial(Attention, d_model, causal=False, **attention), inner, block)
         self._exits(norm == 'pre' if final_norm is None else final_norm)
 
-    def _check(self, features, dropout, **sizes):
+    def _check(self, features, dropout, d_model, n_heads, n_layers, decoder_layers):
         "Refuse features, sizes below 1, heads that do not divide the width, a dropout that is none."
         if features: raise FieldError('features', True, 'false: an encoder-decoder reads words')
+        sizes = {'d_model': d_model, 'n_heads': n_heads, 'n_layers': n_layers, 'decoder_layers': decoder_layers}
         for name, value in sizes.items(): at_least(name, value, 1)
-        if sizes['d_model'] % sizes['n_heads']:
-            raise FieldError('d_model', sizes['d_model'], f"a multiple of n_heads = {sizes['n_heads']}")
+        if d_model % n_heads: raise FieldError('d_model', d_model, f'a multiple of n_heads = {n_heads}')
         if not 0 <= dropout < 1: raise FieldError('dropout', dropout, 'a probability in [0, 1)')
 
     def _tables(self, d_in, d_target, d_out, shared, tied):
