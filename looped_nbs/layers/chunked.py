@@ -7,7 +7,7 @@ __all__ = ['chunk_pairs', 'Chunked', 'recent', 'chunk_by_chunk', 'Carried', 'row
 
 # %% ../../nbs/02_layers/08_chunked.ipynb #df681709
 from collections.abc import Callable, Iterator
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -215,7 +215,7 @@ def _by_rows(self,
     "Climb the staircase row by row, by definition."
     stairs = [[part] for part in x.split(chunk, 1)]
     ends = list(accumulate(s[0].shape[1] for s in stairs))
-    spans = list(zip([0, *ends], ends))
+    spans = list(pairwise([0, *ends]))
     carried = [None] * len(body.layers)
     for i, active in enumerate(rows_of(len(stairs), n)):
         extra = self._readable(stairs, i, active, n)

@@ -6,7 +6,6 @@
 __all__ = ['MODES', 'InChunks', 'ChunkedTransformer', 'StaircaseTransformer', 'BlockRecurrentTransformer']
 
 # %% ../../nbs/03_models/06_chunked.ipynb #ede08e04
-import torch
 from torch import nn
 
 from ..core.errors import FieldError, at_least, one_of

@@ -159,7 +159,6 @@ class EncoderDecoder(SequenceModel):
         self._check(features, dropout, d_model, n_heads, *layers)
         self.d_model, self.features, self.dropout = d_model, False, nn.Dropout(dropout)
         self._tables(d_in, d_out if d_target is None else d_target, d_out, shared, tied)
-        self.cross_positions = cross_positions
         self._number(positions, n_heads, max_len, cross_positions)
         attention = {'n_heads': n_heads, 'dropout': dropout, 'bias': attention_bias}
         inner = partial(FeedForward, d_model, 4 * d_model if d_ff is None else d_ff, activation, dropout)
