@@ -45,7 +45,8 @@ def _register():
 _register()
 
 # %% ../../nbs/08_experiments/02_chunked.ipynb #d61a4434
-# task, chunk, batch size, width, heads, learning rate, dropout, weight decay, 1 - beta_1, then rounds, layers and steps
+# task, chunk, batch size, width, heads, learning rate, dropout, weight decay, 1 - beta_1,
+# then rounds, layers and steps
 _STAIRS = '''
 parity_check 1 64 512 8 2.4387880865093464e-05 0.1 0.001 0.14425757549992788 2 2 20000
 parity_check 2 256 64 8 0.0003551589862157637 0.1 0.01 0.03185991498729463 2 2 20000

@@ -38,7 +38,8 @@ def _cells(study, scale, out, seed, progress=True):
 def _same(experiment, path):
     "Refuse a folder that holds another experiment."
     kept, wanted = read_yaml(path/'config.yaml'), experiment.to_dict()
-    if wanted['train']['epochs']: wanted['train']['steps'] = kept['train'].get('steps') # which follow from epochs
+    if wanted['train']['epochs']: # steps follow from them
+        wanted['train']['steps'] = kept.get('train', {}).get('steps')
     for section in ('task', 'model', 'optim', 'train', 'evaluate', 'seed'):
         if kept.get(section) != json.loads(json.dumps(wanted[section])):
             allowed = f'a folder of the same cell (its {section} differs: remove it or choose another --out)'

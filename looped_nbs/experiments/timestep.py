@@ -53,6 +53,5 @@ register_study('timestep', 'what a looped block gains by knowing the round it is
                smoke=[(f'timestep/ed/{name}', _SMOKE | {'model.n_loops': 2, 'run.label': name})
                       for name in ('looped', 'timestep')],
                laptop=[(f'timestep/ed/{name}', _LAPTOP | depth) for name, depth in _DEPTHS],
-               desk=[(f'timestep/{data}/{name}', {'run.label': name}) for data in ('lm', 'mt') for name in MODELS],
-               paper=[(f'timestep/{data}/{name}', {'run.label': name}) for data in (*PROBLEMS, 'wikitext', 'wmt16')
-                      for name in MODELS])
+               **{scale: [(f'timestep/{data}/{name}', {'run.label': name})
+                          for data in sets for name in MODELS] for scale, sets in (('desk', ('lm', 'mt')), ('paper', (*PROBLEMS, 'wikitext', 'wmt16')))})

@@ -198,7 +198,8 @@ def _within(self, q, k, v, keep, state):
     "Attention of each chunk to itself and the one before."
     first = [part.new_zeros(part[:, :1].shape) for part in (k, v)]
     if state is not None: first = [state.k[:, None], state.v[:, None]]
-    k, v = (torch.cat([torch.cat([a, part[:, :-1]], 1), part], 2) for a, part in zip(first, (k, v), strict=True))
+    k, v = (torch.cat([torch.cat([a, part[:, :-1]], 1), part], 2)
+            for a, part in zip(first, (k, v), strict=True))
     q, places = _heads(q, self.n_heads), torch.arange(2 * self.chunk, device=k.device)
     if self.gains is not None: q, k = _normed(q, k, self.gains)
     q, k = xpos(q, places[self.chunk:], self.chunk), xpos(k, places, self.chunk, -1)

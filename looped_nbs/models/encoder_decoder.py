@@ -171,8 +171,8 @@ class EncoderDecoder(SequenceModel):
     def _check(self, features, dropout, d_model, n_heads, n_layers, decoder_layers):
         "Refuse features, sizes below 1, heads that do not divide the width, a dropout that is none."
         if features: raise FieldError('features', True, 'false: an encoder-decoder reads words')
-        sizes = {'d_model': d_model, 'n_heads': n_heads, 'n_layers': n_layers, 'decoder_layers': decoder_layers}
-        for name, value in sizes.items(): at_least(name, value, 1)
+        sizes = {'d_model': d_model, 'n_heads': n_heads, 'n_layers': n_layers}
+        for name, value in (sizes | {'decoder_layers': decoder_layers}).items(): at_least(name, value, 1)
         if d_model % n_heads: raise FieldError('d_model', d_model, f'a multiple of n_heads = {n_heads}')
         if not 0 <= dropout < 1: raise FieldError('dropout', dropout, 'a probability in [0, 1)')
 
