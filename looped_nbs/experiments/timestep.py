@@ -54,4 +54,5 @@ register_study('timestep', 'what a looped block gains by knowing the round it is
                       for name in ('looped', 'timestep')],
                laptop=[(f'timestep/ed/{name}', _LAPTOP | depth) for name, depth in _DEPTHS],
                **{scale: [(f'timestep/{data}/{name}', {'run.label': name})
-                          for data in sets for name in MODELS] for scale, sets in (('desk', ('lm', 'mt')), ('paper', (*PROBLEMS, 'wikitext', 'wmt16')))})
+                          for data in sets for name in MODELS]
+                  for scale, sets in (('desk', ('lm', 'mt')), ('paper', (*PROBLEMS, 'wikitext', 'wmt16')))})
