@@ -37,6 +37,7 @@ def least_squares_weights(
 ) -> Tensor: # (targets = points, at most dims; batch, dims)
     "Fit the shortest weights to the first points, for every number of points up to that of dimensions."
     xs, ys = (torch.as_tensor(problem[name]).cpu() for name in ('xs', 'ys'))
+    xs, ys = (part.to(torch.promote_types(xs.dtype, ys.dtype)) for part in (xs, ys))
     def fit(i): return torch.linalg.lstsq(xs[:, :i], ys[:, :i, None], driver='gelsy').solution[..., 0]
     return torch.stack([fit(i) for i in range(1, min(xs.shape[1:]) + 1)])
 

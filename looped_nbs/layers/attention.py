@@ -109,18 +109,10 @@ class Attention(Mixer):
         q, bias = self._place(q, placed, causal)
         mask, hint = score_mask(x.shape[1], k.shape[2], causal, mask, bias, x.device, window)
         dropout = self.dropout if self.training else 0.
-        if dropout or hint or not _few(q, k, mask):
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, hint, scale=self.scale)
-        else: y = attend(q, k, v, mask, scale=self.scale)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, hint, scale=self.scale)
         return self.out(y.transpose(1, 2).flatten(2)), state
 
-# %% ../../nbs/02_layers/02_attention.ipynb #d1c96efb
-def _few(q, k, mask):
-    "Are there so few pairs of tokens, none of them without a key, that the definition is faster?"
-    if q.device.type != 'cpu' or q.shape[2] * k.shape[2] > 64: return False
-    return mask is None or mask.dtype == torch.bool and bool(mask.any(-1).all())
-
-# %% ../../nbs/02_layers/02_attention.ipynb #1dcba790
+# %% ../../nbs/02_layers/02_attention.ipynb #481150a4
 def score_mask(
     time: int, # queries; of their own sequence, they are its end
     time_k: int, # keys
@@ -146,7 +138,7 @@ def score_mask(
     if bias is None: return keep, False
     return (bias if keep is None else bias.masked_fill(~keep, -torch.inf)), False
 
-# %% ../../nbs/02_layers/02_attention.ipynb #6466b512
+# %% ../../nbs/02_layers/02_attention.ipynb #d1c96efb
 def _or_itself(keep):
     "Let a token whose window holds padding only read itself: its answer counts for nothing, but is finite."
     lost = ~keep.any(-1, keepdim=True)
