@@ -191,8 +191,10 @@ def _keep(self, time, n, state, mask):
     if self.causal: keep = keep & (there <= token[..., None])
     keep = keep.to(self.kv.weight.device)[None]
     if mask is None: return keep
-    known = F.pad(mask[:, mask.shape[1] - time:], (w, n * w - time), value=True)
-    return keep & known.unfold(1, 2 * w, w)[:, :, None] | (there == token[..., None]).to(keep.device)
+    pairs = (mask[:, None] if mask.dim() == 2 else mask)[:, -time:, -time:].expand(-1, time, -1)
+    known = F.pad(pairs, (w, n * w - time, 0, n * w - time), value=True).unflatten(1, (n, w))
+    known = known.unfold(3, 2 * w, w).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+    return keep & known | (there == token[..., None]).to(keep.device)
 
 def _within(self, q, k, v, keep, state):
     "Attention of each chunk to itself and the one before."
