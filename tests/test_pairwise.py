@@ -47,7 +47,7 @@ SMALL = {  # used where a task or a model has a field of that name
     'd_model': 8, 'n_heads': 2, 'n_layers': 1, 'n_loops': 2, 'max_len': 32,
 }
 LOOPS = ('transformer', 'looped_transformer')
-LATE = {'block_recurrent', 'nd_stack_rnn'}  # parts of their memory act after more tokens than some strings have
+LATE = {'block_recurrent', 'nd_stack_rnn'}  # parts of their memory act late, after more tokens than here
 
 
 names_of = functools.cache(lambda cls: frozenset(fields_of(cls)))
@@ -85,7 +85,7 @@ def one_step(exp):
 PAIRS = [(task, coding) for task in NAMES for coding in TASKS[task].codings]
 KINDS = [(model, {'mixer': mixer}) for mixer in sorted(MIXERS) for model in LOOPS]
 KINDS += [(model, {}) for model in sorted(set(MODELS) - set(LOOPS))]
-# Every task and coding with every fifth model, every model with every fifth task and coding: all meet, in turns.
+# Every task and coding with every fifth model, every model with every fifth of those: all meet, in turns.
 MEETINGS = [(*pair, *kind) for i, pair in enumerate(PAIRS) for j, kind in enumerate(KINDS)
             if (i + j) % 5 == 0 and pair[1] in MODELS[kind[0]].codings]
 
