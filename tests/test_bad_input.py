@@ -97,7 +97,7 @@ NUMBERS = [
     ('optim.lr', '1e-400', 'above 0'), ('optim.lr', 'fast', 'a number'), ('optim.lr', '1,5', 'a number'),
     ('optim.eps', 'nan', 'a number'), ('optim.weight-decay', '-1', 'at least 0'), ('optim.name', 'sgd',
         'adam'),
-    ('optim.clip-norm', 'nan', 'a number'), ('optim.schedule', 'linear', 'cosine'),
+    ('optim.clip-norm', 'nan', 'a number'), ('optim.schedule', 'stairs', 'cosine'),
     ('optim.warmup-steps', '-1', 'at least 0'), ('optim.betas', '0.9', '2'), ('optim.betas', 'a', 'numbers'),
     ('train.steps', '0', 'at least 1'), ('train.steps', '-5', 'at least 1'), ('train.steps', '1e3',
         'a whole number'),
