@@ -41,7 +41,7 @@ def _inside(layer):
     if mixer.recurs: names.append('state')
     names.append('mixer')
     if hasattr(layer, 'cross'): names += [f'cross.{name}' for name in (*_READS, 'mixer')]
-    return [*names, *(['feedforward'] if hasattr(layer, 'feedforward') else []), 'h']
+    return [*names, *(['feedforward'] if getattr(layer, 'feedforward', None) else []), 'h']
 
 # %% ../../nbs/06_evaluation/06a_trace.ipynb #0c278dd4
 def sites_of(
@@ -202,7 +202,7 @@ def _watch_layer(self: _Taps, i, layer):
     for part, below, name in (('mixer', '', 'mixer'), ('cross', '.cross', 'cross.mixer')):
         if part == 'cross' and not hasattr(layer, part): continue
         self._watch_mixer(getattr(layer, part, layer), below, name)
-    if hasattr(layer, 'feedforward'):
+    if getattr(layer, 'feedforward', None):
         show = lambda module, args, y: self.offer(f'{self.place}.feedforward', y)
         self.handles.append(layer.feedforward.register_forward_hook(show))
     self.handles.append(layer.register_forward_hook(ended))

@@ -49,10 +49,10 @@ NORMS = {
 
 # %% ../../nbs/02_layers/04_block.ipynb #d4c59040
 class Block(nn.Module):
-    "A mixer and a feed-forward layer, each with its norm and its residual connection."
+    "A mixer and a feed-forward layer, each with its norm and its residual connection; or a mixer alone."
     def __init__(self,
         mixer: Mixer, # moves information between positions
-        feedforward: nn.Module, # works on each position
+        feedforward: nn.Module | None, # works on each position; None: there is none
         d_model: int, # width
         norm: str = 'pre', # pre: before each part; post: after each sum
         dropout: float = 0., # of what each part adds, a probability
@@ -62,7 +62,7 @@ class Block(nn.Module):
         self.pre = one_of('norm', norm, ['pre', 'post']) == 'pre'
         self.mixer, self.feedforward, self.dropout = mixer, feedforward, nn.Dropout(dropout)
         kind = NORMS[one_of('norm_type', norm_type, NORMS)]
-        self.norm1, self.norm2 = kind(d_model), kind(d_model)
+        self.norm1, self.norm2 = kind(d_model), None if feedforward is None else kind(d_model)
 
     def forward(self,
         h: Tensor, # (batch, time, d_model)
@@ -73,9 +73,10 @@ class Block(nn.Module):
         "Apply the block."
         y, state = self.mixer(self.norm1(h) if self.pre else h, state=state, **where)
         h = h + self.dropout(y)
-        if self.pre: return h + self.dropout(self.feedforward(self.norm2(h))), state
-        h = self.norm1(h)
-        return self.norm2(h + self.dropout(self.feedforward(h))), state
+        if not self.pre: h = self.norm1(h)
+        if self.feedforward is None: return h, state
+        y = self.dropout(self.feedforward(self.norm2(h) if self.pre else h))
+        return h + y if self.pre else self.norm2(h + y), state
 
 # %% ../../nbs/02_layers/04_block.ipynb #0d442a9c
 def state_alone(

@@ -271,8 +271,8 @@ def _gpt2(model, depth=None):
         if isinstance(m, nn.Linear) and m.bias is not None: nn.init.zeros_(m.bias)
     blocks = [m for m in modules if isinstance(m, Block)]
     for b in blocks:
-        for out in (getattr(b.mixer, 'out', None), b.feedforward[-1]):
-            if out is not None: nn.init.normal_(out.weight, std=0.02 / math.sqrt(2 * (depth or len(blocks))))
+        for out in (getattr(b.mixer, 'out', None), b.feedforward and b.feedforward[-1]):
+            if isinstance(out, nn.Linear): nn.init.normal_(out.weight, std=0.02 / math.sqrt(2 * (depth or len(blocks))))
 
 def _torch(model, depth=None):
     "The defaults of torch, with embeddings of deviation 0.02."
