@@ -79,7 +79,13 @@ from looped_nbs.tasks.counting_raspl import label_raspl
 from looped_nbs.tasks.counting_selective import label_selective
 from looped_nbs.tasks.dynamic import EOS
 from looped_nbs.tasks.files import to_examples, to_problem
-from looped_nbs.tasks.objectives import Regression, TokenClassification, add_tallies, means
+from looped_nbs.tasks.objectives import (
+    Regression,
+    SequenceToSequence,
+    TokenClassification,
+    add_tallies,
+    means,
+)
 from looped_nbs.tasks.paired_files import read_pair, read_splits, write_pair
 from looped_nbs.tasks.symbol_lines import read_lines, to_text
 from looped_nbs.tasks.tables import Table, as_prompts, deal
@@ -1137,15 +1143,6 @@ def check_timestep_icl(case):
     case.close(fewer[start:, :, ::2, 0], case['out.preds'][:some - start], f'{some} loops')
 
 
-class SmoothedWords:
-    "The published loss: the right word gets 1 - e - e/V, every word e/V, with e = 0.1."
-    def loss(self, output, batch):
-        guess = output.final.log_softmax(-1)[batch.loss_mask]
-        words, e = guess.shape[-1], .1
-        right = guess.gather(-1, batch.targets[batch.loss_mask][:, None])[:, 0]
-        return -((1 - e - e / words) * right + e / words * guess.sum(-1)).sum(), batch.loss_mask.sum()
-
-
 def check_translation(case):
     adapted = translation.adapt(case.part('param'), case.config)
     model = build(adapted).train()
@@ -1155,7 +1152,7 @@ def check_translation(case):
         return Batch(tokens, targets, real, real, real.sum(1), key_mask=tokens != 0, **more)
     source = batch_of(case['in.src'], case['in.src'])
     batch = batch_of(case['in.dec_in'], case['in.target'], source=source)
-    output = _assert_training(case, adapted, model, batch, SmoothedWords())
+    output = _assert_training(case, adapted, model, batch, SequenceToSequence(.1))
     case.close(output.final, case['out.logits'], 'out.logits')
     total, count = TokenClassification().loss(output, batch)
     case.close(total / count, case['out.nll_per_word'], 'out.nll_per_word')

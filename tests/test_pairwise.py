@@ -47,7 +47,10 @@ SMALL = {  # used where a task or a model has a field of that name
     'd_model': 8, 'n_heads': 2, 'n_layers': 1, 'n_loops': 2, 'max_len': 32,
 }
 LOOPS = ('transformer', 'looped_transformer')
-LATE = {'block_recurrent', 'nd_stack_rnn'}  # parts of their memory act late, after more tokens than here
+LATE = {  # parameters that strings as short as these may leave alone: nothing has reached them yet
+    'block_recurrent': r'states\.(ask_chunk|gains\.chunk)',  # how states read a third chunk
+    'nd_stack_rnn': r'memory\.action\.weight',  # which moves a stack makes, before its contents matter
+}
 
 
 names_of = functools.cache(lambda cls: frozenset(fields_of(cls)))
@@ -77,8 +80,8 @@ def one_step(exp):
         assert math.isfinite(trainer.last['loss']) and trainer.last['loss'] > 0
         idle = [n for n, p in model.named_parameters() if p.requires_grad and p.equal(before[n])]
         if not idle: break
-    late = {exp.model.name, exp.model.kwargs.get('mixer')} & LATE
-    assert len(idle) < len(before) if late else not idle, 'unchanged'
+    late = LATE.get(exp.model.kwargs.get('mixer', exp.model.name))
+    assert [n for n in idle if not late or not re.search(late, n)] == []
     assert all(p.isfinite().all() for p in model.parameters())
 
 

@@ -26,7 +26,7 @@ def check_trace(model, batch):
 
 
 @pytest.mark.parametrize('form', FORMS)
-@pytest.mark.parametrize('mixer', sorted(set(MIXERS) - {'nd_stack_rnn'}))  # whose state grows with time
+@pytest.mark.parametrize('mixer', sorted(MIXERS))
 def test_every_mixer_is_traced(mixer, form):
     name, fields = FORMS[form]
     task = TASKS['parity_check'](coding='prefix', max_length=5, test_length=7)

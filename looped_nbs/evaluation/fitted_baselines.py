@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core.errors import FieldError, at_least
+from ..core.errors import FieldError, at_least, installed
 from .baselines import BASELINES, Baseline, _checked
 
 # %% ../../nbs/06_evaluation/06a_fitted_baselines.ipynb #a98f261b
@@ -28,12 +28,9 @@ def _one_prefix(make, X, y, i):
         except ConvergenceWarning as e:
             raise FieldError('baseline', str(make()), f'one that converges ({e})') from None
 
-def _import_sklearn():
-    "Import what fits many things at once, or say how to install it."
-    try: from sklearn.utils.parallel import Parallel, delayed
-    except ImportError:
-        raise FieldError('baseline', 'scikit-learn', "installed: pip install 'looped_nbs[data]'") from None
-    return Parallel, delayed
+def _sklearn(part):
+    "A module of scikit-learn."
+    return installed(f'sklearn.{part}', 'baseline', 'scikit-learn')
 
 def fit_each(
     make: Callable, # makes an estimator of scikit-learn's kind, fresh
@@ -43,11 +40,11 @@ def fit_each(
     progress: bool = False, # show a progress bar
 ) -> Tensor: # predictions (batch, points)
     "Fit a fresh estimator to every prefix of every prompt and predict the next value."
-    Parallel, delayed = _import_sklearn()
+    parallel = _sklearn('utils.parallel')
     xs, ys = _checked(xs, ys)
     X, y, points = xs.numpy(), ys.numpy(), range(1, ys.shape[1])
-    work = (delayed(_one_prefix)(make, X[:, :i + 1], y[:, :i + 1], i) for i in points)
-    done = Parallel(n_jobs=at_least('jobs', jobs, 1), return_as='generator')(work)
+    work = (parallel.delayed(_one_prefix)(make, X[:, :i + 1], y[:, :i + 1], i) for i in points)
+    done = parallel.Parallel(n_jobs=at_least('jobs', jobs, 1), return_as='generator')(work)
     shown = tqdm(done, 'fit', len(points), unit='point', disable=not progress, mininterval=.5)
     found = torch.zeros_like(ys)
     for i, values in zip(points, shown, strict=True): found[:, i] = torch.as_tensor(np.array(values))
@@ -62,9 +59,8 @@ def lasso(
 ) -> Tensor: # predictions (batch, points)
     "Predict by the Lasso, without intercept."
     at_least('alpha', alpha, 0, above=True)
-    _import_sklearn()
-    from sklearn.linear_model import Lasso
-    return fit_each(partial(Lasso, alpha=alpha, fit_intercept=False, max_iter=100_000), xs, ys, **how)
+    make = partial(_sklearn('linear_model').Lasso, alpha=alpha, fit_intercept=False, max_iter=100_000)
+    return fit_each(make, xs, ys, **how)
 
 def tree(
     xs: Tensor, # points (batch, points, n_dims)
@@ -76,9 +72,7 @@ def tree(
 ) -> Tensor: # predictions (batch, points)
     "Predict by a greedily grown tree."
     if depth is not None: at_least('depth', depth, 1)
-    _import_sklearn()
-    from sklearn.tree import DecisionTreeRegressor
-    make = partial(DecisionTreeRegressor, max_depth=depth, random_state=seed)
+    make = partial(_sklearn('tree').DecisionTreeRegressor, max_depth=depth, random_state=seed)
     return fit_each(make, torch.as_tensor(xs).sign() if signs else xs, ys, **how)
 
 # %% ../../nbs/06_evaluation/06a_fitted_baselines.ipynb #905b0772
@@ -94,10 +88,8 @@ def boosted(
     "Predict by gradient-boosted trees of scikit-learn."
     for name, value in (('depth', depth), ('trees', trees)): at_least(name, value, 1)
     at_least('rate', rate, 0, above=True)
-    _import_sklearn()
-    from sklearn.ensemble import GradientBoostingRegressor
     settings = {'max_depth': depth, 'learning_rate': rate, 'n_estimators': trees}
-    make = partial(GradientBoostingRegressor, **settings, random_state=0)
+    make = partial(_sklearn('ensemble').GradientBoostingRegressor, **settings, random_state=0)
     return fit_each(make, torch.as_tensor(xs).sign() if signs else xs, ys, **how)
 
 def xgboost(
@@ -110,12 +102,9 @@ def xgboost(
     **how: object, # jobs, progress
 ) -> Tensor: # predictions (batch, points)
     "Predict by the boosted trees of XGBoost, which the study uses."
-    try: from xgboost import XGBRegressor
-    except ImportError:
-        allowed = 'boosted_4, or install it: pip install xgboost-cpu'
-        raise FieldError('baseline', 'xgboost', allowed) from None
     settings = {'max_depth': depth, 'learning_rate': rate, 'n_estimators': at_least('trees', trees, 1)}
-    make = partial(XGBRegressor, **settings, n_jobs=1)
+    library = installed('xgboost', 'baseline', 'xgboost', 'boosted_4', 'xgboost-cpu')
+    make = partial(library.XGBRegressor, **settings, n_jobs=1)
     return fit_each(make, torch.as_tensor(xs).sign() if signs else xs, ys, **how)
 
 # %% ../../nbs/06_evaluation/06a_fitted_baselines.ipynb #6e12130e

@@ -134,13 +134,21 @@ def _leaves(state):
     if isinstance(state, Tensor): return [state]
     return [leaf for part in state or () for leaf in _leaves(part)]
 
+def _stacked(parts):
+    "Tensors of one token after another along a dimension of time; what grows later is zero before."
+    sizes = [max(n) for n in zip(*(part.shape for part in parts), strict=True)]
+    def grown(part):
+        missing = [size - own for size, own in zip(sizes, part.shape, strict=True)]
+        return F.pad(part, [n for more in reversed(missing) for n in (0, more)]) if any(missing) else part
+    return torch.stack([grown(part) for part in parts], 1)
+
 def _trajectory(mixer, x, state=None, **where):
     "The parts of a state after each token, by the one-step form of the mixer."
     kept = []
     for token in x.split(1, 1):
         _, state = mixer.forward(token, state=state, **where)
         kept.append(_leaves(state))
-    return [torch.stack(part, 1) for part in zip(*kept, strict=True)]
+    return [_stacked(parts) for parts in zip(*kept, strict=True)]
 
 # %% ../../nbs/06_evaluation/06a_trace.ipynb #747e2e93
 class _Taps:

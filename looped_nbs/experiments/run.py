@@ -72,7 +72,7 @@ from looped_nbs.tasks import (  # noqa: F401  register tasks
     trees,
 )
 from ..tasks.task import TASKS, Task
-from ..training.callbacks import Checkpoints, MetricLog, Progress, WandbLog, import_wandb, restore
+from ..training.callbacks import Checkpoints, MetricLog, Progress, WandbLog, find_wandb, restore
 from ..training.compute import CHOSEN
 from ..training.curriculum import Ramp
 from ..training.devices import pick_device, pick_threads, place
@@ -137,7 +137,7 @@ def build(
     one_of('evaluate.choose_by', exp.evaluate.choose_by, ('loss', *task.objective.measures))
     if exp.train.epochs: exp.train.steps = _steps(exp.train, task)
     for ramp in map(Ramp.parse, exp.train.ramps): _check_ramp(ramp, exp, task)
-    if exp.run.track == 'wandb': import_wandb()
+    if exp.run.track == 'wandb': find_wandb()
     return task, model
 
 def _steps(train, task):

@@ -8,6 +8,8 @@ __all__ = ['CORES', 'ElmanCore', 'LSTMCore', 'pick_core', 'NoMemory', 'MemoryMix
            'nd_column', 'nd_column_fast', 'NDStackMemory', 'NDStackRNN']
 
 # %% ../../nbs/02_layers/09_memories.ipynb #9863ab9b
+from itertools import chain, pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -170,8 +172,8 @@ class StackMemory(NoMemory):
         n_stacks: int = 1, # stacks
     ):
         super().__init__()
-        self.shape = at_least('n_stacks', n_stacks, 1), at_least('n_cells', n_cells, 1), at_least('d_cell',
-                d_cell, 1)
+        sizes = {'n_stacks': n_stacks, 'n_cells': n_cells, 'd_cell': d_cell}
+        self.shape = tuple(at_least(name, value, 1) for name, value in sizes.items())
         self.d_read = n_stacks * d_cell
         self.value, self.action = nn.Linear(d_model, self.d_read), nn.Linear(d_model, 3 * n_stacks)
 
@@ -220,9 +222,8 @@ def tape_step_fast(
     "As `tape_step`, by indices and all rows at once."
     n_cells = tape.shape[2]
     written = torch.cat([value[:, :, None], tape[:, :, 1:]], 2)
-    new = moves[..., 0, None, None] * written
-    new = new + moves[..., 1, None, None] * written.roll(-1, 2) + moves[..., 2, None, None] * written.roll(1,
-            2)
+    stay, on, back = (moves[..., move, None, None] for move in (0, 1, 2))
+    new = stay * written + on * written.roll(-1, 2) + back * written.roll(1, 2)
     place = torch.arange(n_cells, device=tape.device)
     for move, far in ((3, jump), (4, -jump)):
         index = ((place + far[:, None]) % n_cells)[:, None, :, None].expand_as(written)
@@ -240,12 +241,11 @@ class TapeMemory(NoMemory):
         d_write: tuple[int, ...] = (64, 64), # inner widths of the network that makes values
     ):
         super().__init__()
-        self.shape = at_least('n_tapes', n_tapes, 1), at_least('n_cells', n_cells, 1), at_least('d_cell',
-                d_cell, 1)
+        sizes = {'n_tapes': n_tapes, 'n_cells': n_cells, 'd_cell': d_cell}
+        self.shape = tuple(at_least(name, value, 1) for name, value in sizes.items())
         self.d_read, widths = n_tapes * d_cell, (d_model, *d_write)
-        inner = [part for a, b in zip(widths, widths[1:], strict=False) for part in (nn.Linear(a, b),
-                nn.ReLU())]
-        self.value = nn.Sequential(*inner, nn.Linear(widths[-1], self.d_read))
+        inner = ((nn.Linear(a, b), nn.ReLU()) for a, b in pairwise(widths))
+        self.value = nn.Sequential(*chain(*inner), nn.Linear(widths[-1], self.d_read))
         self.moves = nn.ModuleList(nn.Linear(d_model, 5) for _ in range(n_tapes))
 
     def start(self, x, lengths=None):
@@ -271,8 +271,8 @@ class TapeRNN(MemoryMixer):
         d_write: tuple[int, ...] = (64, 64), # inner widths of the network that makes values
         core: str = 'elman', # elman or lstm
     ):
-        super().__init__(d_model, TapeMemory(d_model, d_cell, n_cells, n_tapes, d_write), pick_core(core),
-                d_in)
+        memory = TapeMemory(d_model, d_cell, n_cells, n_tapes, d_write)
+        super().__init__(d_model, memory, pick_core(core), d_in)
 
 # %% ../../nbs/02_layers/09_memories.ipynb #d0180d02
 def nd_column(
@@ -349,5 +349,5 @@ class NDStackRNN(MemoryMixer):
         read_states: bool = False, # read each pair of state and symbol, or symbols alone?
         core: str = 'elman', # elman or lstm
     ):
-        super().__init__(d_model, NDStackMemory(d_model, n_symbols, n_states, read_states), pick_core(core),
-                d_in)
+        memory = NDStackMemory(d_model, n_symbols, n_states, read_states)
+        super().__init__(d_model, memory, pick_core(core), d_in)

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
 
-from ..core.errors import DataError, FieldError, InputError, one_of
+from ..core.errors import DataError, FieldError, InputError, installed, one_of
 from ..core.streams import stream_key
 
 # %% ../../nbs/04_tasks/10_parallel.ipynb #9f17ec7a
@@ -107,10 +107,7 @@ def _columns(rows, source, target):
 def _from_hub(name, pair, split):
     "A translation data set of the hub; whatever prevents that is one line."
     local = 'local files in task.data, such as corpus/train of corpus/train.en and corpus/train.de'
-    try: import datasets
-    except ImportError:
-        allowed = f"{local}, or install it: pip install 'looped_nbs[data]'"
-        raise FieldError('data', f'hub:{name}', allowed) from None
+    datasets = installed('datasets', 'data', f'hub:{name}', local)
     from huggingface_hub.utils import logging
     logging.set_verbosity_error()  # a line for every attempt would hide ours
     a, b = pair.split('-')

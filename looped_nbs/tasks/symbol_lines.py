@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core.errors import DataError, FieldError, InputError
+from ..core.errors import DataError, FieldError, installed
 
 # %% ../../nbs/04_tasks/06b_symbol_lines.ipynb #29243f57
 FOLDERS = {'answer': 'decoder', 'chain': 'chain'} # where files lie, by coding
@@ -87,10 +87,7 @@ def _complaint(word):
 # %% ../../nbs/04_tasks/06b_symbol_lines.ipynb #cbb464d4
 def datasets_package() -> object: # the module
     "Import the package `datasets`, or say which extra has it."
-    try: import datasets
-    except ImportError:
-        reason = 'the package `datasets` is not installed: pip install looped_nbs[data], or --format text'
-        raise InputError(reason) from None
+    datasets = installed('datasets', 'format', 'arrow', 'text')
     datasets.disable_progress_bars()
     return datasets
 

@@ -17,7 +17,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..core.batch import Batch
-from ..core.errors import DataError, FieldError, at_least, one_of
+from ..core.errors import DataError, FieldError, at_least, installed, one_of
 from ..core.streams import numpy_stream
 from .codings import Prompt, register_coding
 from .objectives import TokenClassification
@@ -36,10 +36,7 @@ BUNDLED = ('breast_cancer', 'diabetes', 'digits', 'iris', 'wine')
 
 def _sklearn_datasets():
     "Import scikit-learn's data sets, or say how to install it."
-    try: from sklearn import datasets
-    except ImportError:
-        raise FieldError('sources', 'scikit-learn', "installed: pip install 'looped_nbs[data]'") from None
-    return datasets
+    return installed('sklearn.datasets', 'sources', 'scikit-learn')
 
 def _bundled(name):
     "A data set inside scikit-learn; for diabetes the class is whether the value exceeds the median."

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core.errors import DataError, FieldError, InputError, at_least, one_of
+from ..core.errors import DataError, FieldError, InputError, at_least, installed, one_of
 
 # %% ../../nbs/04_tasks/09_text.ipynb #522585ff
 SPLITS = ('train', 'val', 'test')
@@ -106,11 +106,8 @@ _LOCAL = 'a local text file or folder (such as one with wiki.train.tokens), or p
 
 def _fetched(name):
     "The splits of a set on the hub."
-    try: from datasets import load_dataset
-    except ImportError:
-        allowed = f"{_LOCAL}; the hub needs: pip install 'looped_nbs[data]'"
-        raise FieldError('source', name, allowed) from None
-    try: return load_dataset(*_HUB[name])
+    datasets = installed('datasets', 'source', name, _LOCAL)
+    try: return datasets.load_dataset(*_HUB[name])
     except Exception as e:  # whatever its many layers raise without a network
         raise InputError(f'task.source = {name!r}: {"/".join(_HUB[name])} could not be fetched from the hub '
                          f'({type(e).__name__}); what serves without: {_LOCAL}') from None
@@ -189,11 +186,7 @@ class Characters(Vocabulary):
 # %% ../../nbs/04_tasks/09_text.ipynb #391fdd54
 def _tokenizers():
     "The package, or how to install it."
-    try: import tokenizers
-    except ImportError:
-        allowed = "bytes or characters; others need: pip install 'looped_nbs[data]'"
-        raise FieldError('tokenizer', 'byte pairs', allowed) from None
-    return tokenizers
+    return installed('tokenizers', 'tokenizer', 'byte pairs', 'bytes or characters')
 
 class Subwords(Vocabulary):
     "A vocabulary in the format of the package tokenizers."
