@@ -13,7 +13,9 @@ from conftest import PROGRAM, call, quiet_environment, run, tree
 from safetensors.torch import load_file
 
 from looped_nbs.core.config import fields_of
-from looped_nbs.experiments.run import MODELS, TASKS, build, configure
+from looped_nbs.experiments.run import MODELS, TASKS, build, configure, trained
+from looped_nbs.interop import chunked, counting
+from looped_nbs.interop.adapt import give
 from looped_nbs.tasks.task import Task
 from looped_nbs.tools.cli import VERBS, main
 
@@ -320,6 +322,44 @@ def test_import_becomes_a_run(checkpoint):
     assert call('evaluate', 'run', '--n-loops', '9').code == 0
     assert call('plot', 'run').code == 0 and call('resume', 'run').code == 0
     assert call('import', *checkpoint, '--out', 'run').code == 2
+
+
+def given_to(study, stem, model, extra=0, **settings):
+    "A model under the names of a study, as its code saves one; with rows that no string of the study asks for."
+    case = load_file(GOLDENS/study/f'{stem}.safetensors')
+    config = {'architecture': model} | json.loads((GOLDENS/study/f'{stem}.json').read_text())['config']
+    theirs = {k.removeprefix('param.'): v for k, v in case.items() if k.startswith('param.')}
+    adapt = {'chunked': chunked.adapt, 'counting': counting.adapt}[study]
+    adapted = adapt(theirs, config)
+    assert adapted.model == model
+    fields = adapted.fields
+    name = 'parity_check' if study == 'chunked' else 'counting_samesymbol'
+    task = TASKS[name](**settings)
+    torch.manual_seed(0)
+    ours = MODELS[model].from_task(task, **fields)
+    state = ours.state_dict()
+    state['embed.weight'] = torch.nn.functional.pad(state['embed.weight'], (0, 0, 0, extra))
+    torch.save({'model': give(state, adapted.moves), 'optimizer': {}}, 'theirs.pt')
+    Path('theirs.yaml').write_text(json.dumps(config | {'task': name}))
+    return ours, task
+
+
+@pytest.mark.parametrize(('study', 'stem', 'model', 'extra', 'settings', 'words'), [
+    ('chunked', 'staircase_chunk2_a', 'staircase', 1, {'coding': 'last'}, ('include_eos=false',)),
+    ('chunked', 'rnn_layers1_a', 'relu_rnn', 0, {'coding': 'tape'}, ()),
+    ('counting', 'lstm_a', 'lstm', 0, {}, ()),
+], ids=str)
+def test_import_of_a_network_says_what_it_said(study, stem, model, extra, settings, words, here):
+    ours, task = given_to(study, stem, model, extra, **settings)
+    sizes = ('--task.max-length', '6', '--task.test-length', '9') if study == 'chunked' else ()
+    words = ('--settings', *words) if words else ()
+    answer = call('import', 'theirs.pt', '--source', study, '--config', 'theirs.yaml', *words, *sizes,
+                  '--evaluate.examples', '8', '--out', 'run')
+    assert answer.code == 0, answer.err
+    _, read, found, _ = trained('run')
+    batch = read.sample('train', 0, 0, 4)
+    batch.position_ids = found.position_ids(batch)
+    torch.testing.assert_close(found.eval()(batch).final, ours.eval()(batch).final)
 
 
 @pytest.mark.parametrize(('words', 'fragment'), [

@@ -9,6 +9,7 @@ __all__ = ['SOURCES', 'read_weights', 'read_settings', 'default_task', 'import_c
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from ..core.config import fields_of, read_yaml
 from ..core.errors import FieldError, InputError, one_of
 from .run import TASKS, Run, build, configure, free_path, measure, save
 from . import timestep_published  # noqa: F401  registers a mixer
-from ..interop import fastweight, icl, timestep
+from ..interop import chunked, counting, fastweight, icl, timestep
 from ..interop.adapt import Adapted, fill
 from ..tasks.paired_files import read_splits
 from ..training.optim import build_optimiser
@@ -86,14 +87,25 @@ def _fastweight(weights, settings, task, data):
     adapted = fastweight.adapt(weights, settings)
     return fastweight.arrange(adapted, tuple(words), (task.in_vocab, task.out_vocab))
 
-def _icl(weights, settings, task, data): return icl.adapt(weights, settings)
+def _chunked(weights, settings, task, data):
+    "A network of the chunked study; a token that its strings never had is left out."
+    adapted = chunked.adapt(weights, settings)
+    d_in, d_out, features = adapted.sizes
+    if settings.get('include_eos', True) or d_in != task.d_in + 1: return adapted
+    state = adapted.state | {'embed.weight': adapted.state['embed.weight'][:task.d_in]}
+    return replace(adapted, sizes=(task.d_in, d_out, features), state=state)
 
-def _timestep(weights, settings, task, data): return timestep.adapt(weights, settings)
+def _alone(study):
+    "A study whose tensors and settings tell all."
+    return lambda weights, settings, task, data: study.adapt(weights, settings)
 
-SOURCES: dict[str, Callable[..., Adapted]] = {'fastweight': _fastweight, 'icl': _icl, 'timestep': _timestep}
+SOURCES: dict[str, Callable[..., Adapted]] = {
+    'fastweight': _fastweight, 'chunked': _chunked,
+    **{study.__name__.rpartition('.')[2]: _alone(study) for study in (counting, icl, timestep)}}
 
 # %% ../../nbs/08_experiments/05a_imported.ipynb #990a4352
-_TRAINED_ON = {'icl': lambda settings: settings.get('task_name', 'linear_regression')}
+_TRAINED_ON = {'icl': lambda settings: settings.get('task_name', 'linear_regression'),
+               **dict.fromkeys(('chunked', 'counting'), lambda settings: settings.get('task', ''))}
 _WORDS = {'icl': {'n_heads': 'n_head', 'n_loops': 'n_loops', 'loop_window': 'n_loop_window'}}
 
 def default_task(
@@ -101,12 +113,13 @@ def default_task(
     settings: Mapping, # what the network was trained with, in the study's words
 ) -> str: # a registered task, or nothing
     "Name the task that a network was trained on, where its settings tell."
-    known = _TRAINED_ON.get(source)
-    return one_of('task_name', known(settings), TASKS) if known else ''
+    name = _TRAINED_ON.get(source, lambda settings: '')(settings)
+    return name and one_of(f'the task of the {source} study', name, TASKS)
 
 def _known_fields(source, weights, settings, task):
     "Fields of the task that are known beforehand."
     if source == 'fastweight': return {'task.pad_class': True}
+    if source == 'chunked': return {'task.coding': 'tape' if settings.get('include_eos', True) else 'last'}
     table = {n.removeprefix('_orig_mod.'): t.shape for n, t in weights.items()}
     sizes = [table.get(n, ()) for n in ('_read_in.weight', '_backbone.transformer.wpe.weight')]
     if source != 'icl' or not all(len(s) == 2 for s in sizes): return {}
