@@ -325,7 +325,7 @@ def test_import_becomes_a_run(checkpoint):
 
 
 def given_to(study, stem, model, extra=0, **settings):
-    "A model under the names of a study, as its code saves one; with rows that no string of the study asks for."
+    "A model under the names of a study, as its code saves one, with rows that no string asks for."
     case = load_file(GOLDENS/study/f'{stem}.safetensors')
     config = {'architecture': model} | json.loads((GOLDENS/study/f'{stem}.json').read_text())['config']
     theirs = {k.removeprefix('param.'): v for k, v in case.items() if k.startswith('param.')}
