@@ -255,8 +255,6 @@ def check_chunked_model(case):
     adapted = chunked.adapt(case.part('param'), case.config | settings)
     model = build(adapted).train()
     _assert_moves(case, adapted, model, chunked.zero_norms(case.part('param')))
-    for order in getattr(model, 'orders', {}).values(): order.fast = False  # the definition is below
-    for order in getattr(model, 'orders', {}).values(): order.fast = False
     tokens, targets = _tokens(case['in.x']), _tokens(case['in.target'])
     every = targets.ndim == 2
     assert every == case.config.get('return_all_outputs', False)

@@ -116,5 +116,21 @@ _register_best()
 # %% ../../nbs/08_experiments/02_chunked.ipynb #9eacff3a
 _SMOKE = {'task.coding': 'prefix', 'task.max_length': 10, 'task.test_length': 40, 'optim.lr': 5e-3,
           'train.steps': 300, 'train.batch_size': 32, 'evaluate.examples': 64, 'evaluate.every': 3}
+_LAPTOP = {'task.coding': 'prefix', 'task.max_length': 10, 'task.test_length': 100, 'optim.lr': 1e-3,
+           'optim.weight_decay': 0.01, 'optim.betas': (0.9, 0.999), 'train.steps': 4000,
+           'train.batch_size': 64, 'evaluate.examples': 256, 'evaluate.every': 5, 'model.d_model': 32}
+_HEADS = {'model.n_heads': 4, 'model.dropout': 0.}
+_HEADLINE = [('rnn', {'run.label': 'recurrent network'}),
+             ('transformer', _HEADS | {'model.n_layers': 4, 'run.label': 'transformer, 4 layers'}),
+             ('block_recurrent_chunk2', _HEADS | {'run.label': 'block-recurrent, chunks of 2'})]
+_HEADLINE += [(f'staircase_chunk{n}', _HEADS | {'run.label': f'staircase, chunk{"s" * (n > 1)} of {n}'})
+              for n in (1, 2, 8)]
+_CHUNKS = [f'{name}_chunk{n}' for name in ('staircase', 'block_recurrent') for n in (1, 2, 4, 8)]
+_DESK = {'train.steps': 20_000, 'task.test_length': 200, 'model.d_model': 64}
+_PAPER = [f'chunked/{task}/{model}' for task in TASKS if task != 'parallel_parity_check'
+          for model in (*_CHUNKS, 'transformer')]
 register_study('chunked', 'regular languages at ten times the training length (Soulos et al.)',
-               smoke=[(f'chunked/parity_check/{model}', _SMOKE) for model in ('transformer', 'lstm')])
+               smoke=[(f'chunked/parity_check/{model}', _SMOKE) for model in ('transformer', 'lstm')],
+               laptop=[(f'chunked/parity_check/{model}', _LAPTOP | fields) for model, fields in _HEADLINE],
+               desk=[(f'chunked/parity_check/{m}', _DESK | {'run.label': m}) for m in (*_CHUNKS, 'transformer', 'rnn')],
+               paper=[(name, {'run.label': name.rpartition('/')[2]}) for name in _PAPER])

@@ -152,7 +152,7 @@ class Staircase:
         diagonal: bool = False, # do tokens also read all earlier ones at their own depth?
         detach: bool = True, # stop gradients at what is read on the diagonal?
         keys_per_layer: bool = False, # does each layer read its own input, not that of the body?
-        fast: bool = True, # project keys once, and climb the last step with all chunks at once?
+        fast: bool = True, # project the keys of a cache once?
     ):
         self.cache = at_least('cache', cache, -1)
         if diagonal and cache: raise FieldError('cache', cache, '0 where diagonal = true')
@@ -174,9 +174,9 @@ class Staircase:
 
     def __call__(self, body, x, chunk, n, ids, mask, place, placed):
         attend = all(isinstance(m, Attention) for m in _mixers(body))
-        simple = self.fast and attend and not (self.diagonal or self.keys_per_layer)
+        simple = self.fast and self.cache and attend and not self.keys_per_layer
         simple = simple and mask is None and placed.bias is None and placed.relative is None
-        walk = self.all_at_once if simple else self.by_rows
+        walk = self.with_cache if simple else self.by_rows
         stairs = walk(body, body.positions.embed(x, ids), chunk, n, ids, mask, place)
         for j in range(1, n + 1): yield torch.cat([states[j] for states in stairs], 1)
 
@@ -255,44 +255,26 @@ def _read(keys, sources, time, positions):
         pairs = torch.ones(time, k.shape[2], dtype=torch.bool, device=k.device).tril(k.shape[2] - time)
         yield {'context': Keys(k, v, None if pairs.all() else pairs[None]), 'positions': positions}
 
-def _all_at_once(self, body, x, chunk, n, ids, mask, place):
-    "Climb the staircase as `by_rows` does, with every key projected once."
+def _with_cache(self, body, x, chunk, n, ids, mask, place):
+    "Climb the staircase as `by_rows` does, with every key projected once, for those that read a cache."
     stairs, whole = [[part] for part in x.split(chunk, 1)], place(ids, x.dtype)
     sizes = [s[0].shape[1] for s in stairs]
-    keys, steps = _pieces(_project(body, x, whole), sizes), n - (self.cache == 0)
+    keys = _pieces(_project(body, x, whole), sizes)
     for i, active in enumerate(rows_of(len(stairs), n)):
-        climbing = [c for c in active if i - c < steps]
-        if not climbing: continue
-        time, h = [sizes[c] for c in climbing], torch.cat([stairs[c][i - c] for c in climbing], 1)
-        here = place(ids[:, climbing[0] * chunk:climbing[0] * chunk + h.shape[1]], x.dtype)
+        time, h = [sizes[c] for c in active], torch.cat([stairs[c][i - c] for c in active], 1)
+        here = place(ids[:, active[0] * chunk:active[0] * chunk + h.shape[1]], x.dtype)
         read = _read(keys, [*self.kept(i, n), *active], h.shape[1], here)
         for layer, where in zip(body.layers, read, strict=True): h = layer(h, **where)[0]
         h = body.norm(h)
         pieces = _pieces(_project(body, h, here), time)
-        for c, part, new in zip(climbing, h.split(time, 1), pieces, strict=True):
+        for c, part, new in zip(active, h.split(time, 1), pieces, strict=True):
             stairs[c].append(part)
             keys[c] = new
-    return stairs if steps == n else _last_step(body, stairs, keys, place, ids, chunk)
-
-# %% ../../nbs/02_layers/08_chunked.ipynb #e5b03cfd
-def _last_step(body, stairs, keys, place, ids, chunk):
-    "Let all chunks climb the last step, in which they read themselves alone."
-    time = sum(s[0].shape[1] for s in stairs)
-    missing = -time % chunk
-    rows = lambda x, at: F.pad(x, (0, 0, 0, missing)).unflatten(at, (-1, chunk)).movedim(at, 1).flatten(0, 1)
-    h = rows(torch.cat([s[-1] for s in stairs], 1), 1)
-    many = F.pad(ids, (0, missing)).unflatten(1, (-1, chunk)).flatten(0, 1)
-    pairs = None if chunk == 1 else torch.ones(1, chunk, chunk, dtype=torch.bool, device=h.device).tril()
-    for g, layer in enumerate(body.layers):
-        k, v = (rows(torch.cat([own[g][part] for own in keys], 2), 2) for part in (0, 1))
-        h = layer(h, context=Keys(k, v, pairs), positions=place(many, h.dtype))[0]
-    h = body.norm(h).unflatten(0, (-1, len(stairs))).flatten(1, 2)[:, :time]
-    for states, part in zip(stairs, h.split(chunk, 1), strict=True): states.append(part)
     return stairs
 
-Staircase.all_at_once = _all_at_once
+Staircase.with_cache = _with_cache
 
-# %% ../../nbs/02_layers/08_chunked.ipynb #fd7b51c4
+# %% ../../nbs/02_layers/08_chunked.ipynb #8460c6a7
 class Parallel:
     "No chunks: in every round each token reads what entered the body."
     def __init__(self,
