@@ -67,6 +67,7 @@ def plot_modulation(
     for number, (name, v) in enumerate(vectors.items()):
         left.plot(v.square().mean(1).sqrt().tolist(), **style(number), label=name)
     left.set(xlabel='round', ylabel='strength (root mean square)', ylim=(0, None))
+    left.xaxis.get_major_locator().set_params(integer=True)
     if trained is not None: left.axvline(trained - 1, color='0.6', lw=1, ls=':')
     left.legend(fontsize=6)
     alike = torch.nn.functional.normalize(vectors[gates[0]].float(), dim=1)
