@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from itertools import accumulate, pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.errors import FieldError, at_least
