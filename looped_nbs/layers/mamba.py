@@ -38,14 +38,14 @@ class Mamba(Mixer):
         conv_bias: bool = True, # has the convolution a bias?
     ):
         super().__init__()
-        for name, value in (('d_model', d_model), ('d_conv', d_conv), ('expand', expand), ('d_state', d_state)):
-            at_least(name, value, 1)
+        sizes = {'d_model': d_model, 'd_state': d_state, 'd_conv': d_conv, 'expand': expand}
+        for name, value in sizes.items(): at_least(name, value, 1)
         if d_state > MAX_DIM: raise FieldError('d_state', d_state, f'at most {MAX_DIM}')
         rank = -(-d_model // 16) if dt_rank is None else at_least('dt_rank', dt_rank, 1)
         channels, self.sizes = expand * d_model, (rank, d_state, d_state)
         self.project = nn.Linear(d_model, 2 * channels, linear_bias)
-        self.conv = nn.Parameter(torch.empty(channels, d_conv).uniform_(-1, 1) / d_conv ** .5)
-        self.conv_bias = nn.Parameter(torch.empty(channels).uniform_(-1, 1) / d_conv ** .5) if conv_bias else None
+        drawn = lambda *shape: nn.Parameter(torch.empty(shape).uniform_(-1, 1) / d_conv ** .5)
+        self.conv, self.conv_bias = drawn(channels, d_conv), drawn(channels) if conv_bias else None
         self.select, self.step = nn.Linear(channels, sum(self.sizes), False), nn.Linear(rank, channels, False)
         self.step_bias = nn.Parameter(_first_steps(channels))
         self.A_log = nn.Parameter(torch.arange(1., d_state + 1).log().repeat(channels, 1))
@@ -56,7 +56,7 @@ class Mamba(Mixer):
 
     def forward(self, x, *, context=None, mask=None, positions=None, state=None):
         inputs, states = state_parts('mamba', state, 2)
-        same = lambda *tensors: (u.to(self.A_log.dtype) for u in tensors)  # where maps run in bf16, the rest does not
+        same = lambda *tensors: (u.to(self.A_log.dtype) for u in tensors)  # maps may run in bf16, no more
         u, z = same(*self.project(x).chunk(2, -1))
         u, inputs = causal_conv1d(u, self.conv, self.conv_bias, 'silu', state=inputs, return_state=True)
         s, B, C = self.select(u).split(self.sizes, -1)
