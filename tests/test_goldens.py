@@ -42,6 +42,7 @@ from looped_nbs.layers.block import Block, FeedForward
 from looped_nbs.layers.fast_weights import SRWM, DeltaRule, ElementwiseLSTM, LinearAttention, RecurrentDelta
 from looped_nbs.layers.modulation import timestep_waves
 from looped_nbs.layers.positions import build_positions
+from looped_nbs.models.base import MODELS
 from looped_nbs.ops import ssm_kernels as ssm
 from looped_nbs.ops.conv import causal_conv1d
 from looped_nbs.ops.delta import DELTA
@@ -162,8 +163,7 @@ COUNTING_FILES = [
 # Stems that have cases but no counterpart in the library yet, by the part of the plan that builds them.
 NOT_BUILT = {
     'part 7': _stems('counting', '''
-        mamba op_s4block op_s4block_diag_noglu rwkv5 rwkv5_init rwkv6 rwkv6_init s4 s4_tied
-        train_trace_s4
+        op_s4block op_s4block_diag_noglu s4 s4_tied train_trace_s4
     '''),
 }
 
@@ -480,6 +480,51 @@ def check_counting_recurrent(case):
     batch = _counting_batch(case, case['in.input_id'], case['in.label'])
     output = _assert_training(case, adapted, model, batch, TokenClassification())
     case.close(output.final, case['out.logits'], 'out.logits')
+
+
+def check_rwkv(case):
+    adapted = counting.adapt(case.part('param'), case.config)
+    assert adapted.model == case.stem.removeprefix('counting/')
+    model = build(adapted).train()
+    _assert_moves(case, adapted, model)
+    batch = _counting_batch(case, case['in.input_id'], case['in.label'])
+    output = model(batch)
+    case.close(output.final, case['out.logits'], 'out.logits')
+    total, count = TokenClassification().loss(output, batch)
+    case.close(total / count, case['out.loss'], 'out.loss')
+    (total / count).backward(retain_graph=True)
+    alone = {n: p.grad.clone() for n, p in model.named_parameters()}
+    output.aux_loss.backward()
+    whole = {n: p.grad for n, p in model.named_parameters()}
+    plain, priced = (take(case.part(prefix), adapted.moves) for prefix in ('out.grad_ce_only', 'grad'))
+    assert plain and set(priced) == set(whole)
+    for name, gradient in priced.items(): case.close(whole[name], gradient, f'grad.{name}')
+    for name, gradient in plain.items():
+        case.close(alone[name], gradient, f'out.grad_ce_only.{name}')
+        price = priced[name] - gradient  # small: compare it by itself
+        assert (whole[name] - alone[name] - price).norm() < .02 * price.norm(), name
+
+
+def check_rwkv_init(case):
+    version, n_layers, d_model = int(case.stem[-6]), case.meta['n_layer'], case.meta['n_embd']
+    fields = {'d_model': d_model, 'n_layers': n_layers, 'head_size': case.meta['head_size']}
+    model = MODELS[f'rwkv{version}'](11, 11, **fields)
+    moves = counting.rwkv_moves(version, n_layers, model.loop.body.layers[0].mixer.heads[0])
+    ours = give(model.state_dict(), moves)
+    for name, tensor in case.part('out').items(): case.close(ours.pop(name), tensor, name)
+    gains = {'.att.receptance.': 1, '.att.value.': 1, '.ffn.key.': 1, '.att.key.': .1, '.att.gate.': .1,
+             '.att.output.': 0, '.ffn.value.': 0, '.ffn.receptance.': 0,
+             'head.': .5 * max(1, 11 / d_model) ** .5}
+    for name, tensor in ours.items():  # what is drawn
+        gain = next((gain for part, gain in gains.items() if part in name), None)
+        if gain is not None:
+            tensor = tensor if tensor.shape[0] < tensor.shape[1] else tensor.mT
+            square = tensor @ tensor.mT
+            torch.testing.assert_close(square, gain ** 2 * torch.eye(len(square)), rtol=0, atol=1e-5)
+            continue
+        bound = {'emb.weight': 1e-4}.get(name, 0 if name.endswith('_w1') else .01)
+        assert tensor.abs().max() <= bound
+        assert not bound or (tensor.abs().max() > .9 * bound and tensor.mean().abs() < .2 * bound), name
 
 
 def check_fast_weights(case):
@@ -1382,7 +1427,9 @@ BUILT = {
         ct_rope ct_rope_identity_mask ct_rope_rdmz ct_rope_shift ct_sine ct_sine_nullemb ct_sine_shift
         ct_spe ct_spe_shift
     '''), check_counting_transformer),
-    **dict.fromkeys(_stems('counting', 'lstm lstm_nullemb lstm_tied rnn'), check_counting_recurrent),
+    **dict.fromkeys(_stems('counting', 'lstm lstm_nullemb lstm_tied mamba rnn'), check_counting_recurrent),
+    **dict.fromkeys(_stems('counting', 'rwkv5 rwkv6'), check_rwkv),
+    **dict.fromkeys(_stems('counting', 'rwkv5_init rwkv6_init'), check_rwkv_init),
     **dict.fromkeys(_stems('counting', '''
         collator_none collator_randomized collator_scaler_shift collator_shift collator_zooming
     '''), check_collator),

@@ -40,8 +40,10 @@ from looped_nbs.models import (  # noqa: F401  register
     encoder_decoder,
     fast_weights,
     loop_variants,
+    mamba,
     memory,
     recurrent,
+    rwkv,
     transformer,
 )
 from ..models.base import MODELS, SequenceModel

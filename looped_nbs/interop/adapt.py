@@ -21,7 +21,9 @@ from looped_nbs.models import (  # noqa: F401, they register the models
     chunked,
     fast_weights,
     loop_variants,
+    mamba,
     recurrent,
+    rwkv,
     transformer,
 )
 from ..models.base import MODELS, SequenceModel

@@ -6,7 +6,6 @@
 __all__ = ['DroppingBlock', 'RWKVModel', 'RWKV5Model', 'RWKV6Model']
 
 # %% ../../nbs/03_models/10_rwkv.ipynb #77ddfb54
-import torch
 from torch import Tensor, nn
 
 from ..core.batch import Batch
