@@ -165,7 +165,7 @@ class RWKV6(TimeMixing):
         w = (torch.tanh(x_w @ self.decay_in) @ self.decay_out).unflatten(-1, self.heads) + self.decay
         return x_r, x_k, x_v, x_g, w
 
-# %% ../../nbs/02_layers/12_rwkv.ipynb #eabe8833
+# %% ../../nbs/02_layers/12_rwkv.ipynb #ffabbcc5
 class ChannelMixing(Mixer):
     "A gated feed-forward layer that sees the token before."
     recurs = True
