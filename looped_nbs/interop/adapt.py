@@ -22,6 +22,7 @@ from looped_nbs.models import (  # noqa: F401, they register the models
     fast_weights,
     loop_variants,
     recurrent,
+    s4,
     transformer,
 )
 from ..models.base import MODELS, SequenceModel

@@ -70,12 +70,17 @@ def read_C(self: StateSpace) -> Tensor: # complex (outputs, channels, d_state / 
     return torch.view_as_complex(self.C)
 
 @patch
-def _build(self: StateSpace):
+def continuous(self: StateSpace) -> tuple[Tensor, Tensor, Tensor, Tensor | None]: # A, B, dt and P
+    "The systems before they are made discrete."
     step, decay, turn = self.transforms
     dt, channels = step(self.inv_dt), self.C.shape[1]
     A = _each(-torch.complex(decay(self.A_real), turn(self.A_imag)), channels)
     B = _each(torch.view_as_complex(self.B), channels)[0]
-    P = _each(torch.view_as_complex(self.P), channels) if hasattr(self, 'P') else None
+    return A, B, dt, _each(torch.view_as_complex(self.P), channels) if hasattr(self, 'P') else None
+
+@patch
+def _build(self: StateSpace):
+    A, B, dt, P = self.continuous()
     return LinearSystem(A, B, self.read_C(), dt, P, self.method)
 
 @patch
