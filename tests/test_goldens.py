@@ -1025,23 +1025,25 @@ def check_fftconv(case):
 
 
 BLOCKS = {'layer.D': 'D', 'output_linear.0.weight': 'out.weight', 'output_linear.0.bias': 'out.bias'}
-MADE_HERE = {'init', 'd_state', 'n_ssm', 'rank', 'dt_min', 'dt_max', 'lr', 'wd', 'P_scale', 'measure'}  # not with given ones
+SET_HERE = {'init', 'd_state', 'n_ssm', 'rank', 'dt_min', 'dt_max', 'lr', 'wd'}  # seen in the parameters
 
 
 def _state_space_mixer(params, options):
     "The mixer of a block of the published code, its systems as large as the parameters say."
-    d_model, known = options['d_model'], {'d_model', 'transposed', 'mode', 'l_max'} | MADE_HERE
+    d_model, known = options['d_model'], {'d_model', 'transposed', 'mode', 'l_max', *SET_HERE}
     fields = {'final': options.get('final_act', 'glu') or 'none', 'causal': not options.get('bidirectional')}
-    fields |= {n: options.get(n, v) for n, v in (('channels', 1), ('activation', 'gelu'), ('tie_dropout', False))}
+    usual = {'channels': 1, 'activation': 'gelu', 'tie_dropout': False}
+    fields |= {n: options.get(n, value) for n, value in usual.items()}
     known |= {*fields, 'final_act', 'bidirectional', 'dropout', 'disc', 'dt_tie'}
     kinds = {f'{part}_transform': kind for part, kind in (('dt', 'exp'), ('real', 'exp'), ('imag', 'none'))}
     assert not set(options) - known - set(kinds) and not options.get('dropout'), options
     kernel = {n.removeprefix('layer.kernel.'): p for n, p in params.items() if n.startswith('layer.kernel.')}
     rates = torch.complex(-torch.ones_like(kernel['A_real']), torch.zeros_like(kernel['A_real']))
     P = rates.expand(len(kernel['P']), *rates.shape) if 'P' in kernel else None
+    transforms = tuple(options.get(n, kind) for n, kind in kinds.items())
     make = functools.partial(
-        StateSpace, d_model, rates, rates, P, transforms=tuple(options.get(n, kind) for n, kind in kinds.items()),
-        dt_tie=kernel['inv_dt'].shape[1] == 1, method=options.get('disc', 'zoh') if P is None else 'bilinear')
+        StateSpace, d_model, rates, rates, P, transforms=transforms, dt_tie=kernel['inv_dt'].shape[1] == 1,
+        method=options.get('disc', 'zoh') if P is None else 'bilinear')
     return StateSpaceMixer(d_model, make, **fields | {'activation': fields['activation'] or 'none'}).double()
 
 

@@ -42,6 +42,7 @@ from looped_nbs.models import (  # noqa: F401  register
     loop_variants,
     memory,
     recurrent,
+    s4,
     transformer,
 )
 from ..models.base import MODELS, SequenceModel
