@@ -44,6 +44,7 @@ from looped_nbs.models import (  # noqa: F401  register
     memory,
     recurrent,
     rwkv,
+    s4,
     transformer,
 )
 from ..models.base import MODELS, SequenceModel

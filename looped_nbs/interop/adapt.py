@@ -24,6 +24,7 @@ from looped_nbs.models import (  # noqa: F401, they register the models
     mamba,
     recurrent,
     rwkv,
+    s4,
     transformer,
 )
 from ..models.base import MODELS, SequenceModel

@@ -11,11 +11,13 @@ import random
 from collections.abc import Callable
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..core.errors import FieldError, one_of
 from .adapt import (
     GPT2_PARTS, Adapted, Move, count_layers, layer_moves, need, only, recurrent_moves, take)
+from ..ops.ssm_kernels import dplr_matrices, untruncate
 
 # %% ../../nbs/07_interop/01_counting.ipynb #2c4ceeab
 SCHEMES = {
@@ -190,20 +192,52 @@ def _rwkv(params, config):
     moves = rwkv_moves(version, fields['n_layers'], n_heads)
     return Adapted(f'rwkv{version}', (d_in, d_in, False), fields, tuple(moves), take(params, moves))
 
-# %% ../../nbs/07_interop/01_counting.ipynb #89d59902
+# %% ../../nbs/07_interop/01_counting.ipynb #10d492a6
+def _untruncated(state, kernel, length):
+    "What is to be read, from what the published code keeps for kernels of a length."
+    part = {name: state[f'{kernel}.{name}'].double() for name in ('inv_dt', 'A_real', 'A_imag', 'B', 'C', 'P')}
+    B, C, P = (torch.view_as_complex(part[name].contiguous()) for name in 'BCP')
+    A = -torch.complex(part['A_real'].exp(), part['A_imag'])
+    dt, copies = part['inv_dt'].exp(), C.shape[1] // len(A)
+    dA, _ = dplr_matrices(A.repeat(copies, 1), B[0].repeat(copies, 1), P.repeat(1, copies, 1), dt)
+    read = untruncate(C, dA, length)[..., :C.shape[-1]]
+    return torch.view_as_real(read.contiguous()).to(state[f'{kernel}.C'].dtype)
+
+def _state_space(params, config):
+    d_in, d_model = params['encoder.weight'].shape
+    n_layers, ours = count_layers(params, 's4_layers.'), 'loop.body.layers'
+    moves, outside = _outside(config | {'freeze_null_emb': False}, 'encoder', 'decoder') # which is ignored there
+    for i in range(n_layers):
+        own = [n.removeprefix(f's4_layers.{i}.layer.') for n in params if n.startswith(f's4_layers.{i}.layer.')]
+        moves += [Move(f's4_layers.{i}.layer.{n}', f'{ours}.{i}.mixer.{n}') for n in own if n != 'kernel.l_kernel']
+    parts = {'output_linear.0.': 'mixer.out.'}
+    moves += layer_moves(n_layers, 's4_layers.', parts) + layer_moves(n_layers, 'norms.', {'': 'norm1.'})
+    computed = [f's4_layers.{i}.layer.kernel.l_kernel' for i in range(n_layers)]
+    state, kernel = take(params, moves, computed), f'{ours}.{{}}.mixer.kernel'
+    for name in ('C', 'P', 'A_real'): need(params, f's4_layers.0.layer.kernel.{name}')
+    C, P, rates = (state[f'{kernel.format(0)}.{name}'] for name in ('C', 'P', 'A_real'))
+    for i, name in enumerate(computed):
+        if length := int(params.get(name, 0)):
+            state[f'{kernel.format(i)}.C'] = _untruncated(state, kernel.format(i), length)
+    fields = {'d_model': d_model, 'n_layers': n_layers, 'd_state': 2 * C.shape[2], 'n_ssm': len(rates),
+              'rank': len(P), 'channels': len(C), 'dropout': config.get('dropout', .1), 'tied': outside['tied']}
+    return Adapted('s4', (d_in, d_in, False), fields, tuple(moves), state)
+
+# %% ../../nbs/07_interop/01_counting.ipynb #5d307b64
 def adapt(
     params: dict[str, Tensor], # a state dict of the study's code
     config: dict, # the settings it was trained with
-) -> Adapted: # a transformer, lstm, rnn, mamba, rwkv5 or rwkv6
+) -> Adapted: # a transformer, lstm, rnn, s4, mamba, rwkv5 or rwkv6
     "Adapt a checkpoint of the counting study."
     if any(name.startswith('wte.weight') for name in params): return _transformer(params, config)
     if 'lstm.weight_hh_l0' in params: return _recurrent(params, config)
+    if any(name.startswith('s4_layers.') for name in params): return _state_space(params, config)
     if any(name.startswith('backbone.') for name in params): return _mamba(params, config)
     if 'emb.weight' in params: return _rwkv(params, config)
-    allowed = 'the state dict of a transformer, LSTM, RNN, Mamba or RWKV'
+    allowed = 'the state dict of a transformer, LSTM, RNN, S4, Mamba or RWKV'
     raise FieldError('checkpoint', next(iter(params), None), allowed)
 
-# %% ../../nbs/07_interop/01_counting.ipynb #5d307b64
+# %% ../../nbs/07_interop/01_counting.ipynb #569ac001
 def study_metrics(
     logits: Tensor, # (batch, time, vocab)
     labels: Tensor, # (batch, time), -1 where nothing is supervised
