@@ -195,7 +195,8 @@ def _rwkv(params, config):
 # %% ../../nbs/07_interop/01_counting.ipynb #10d492a6
 def _untruncated(state, kernel, length):
     "What is to be read, from what the published code keeps for kernels of a length."
-    part = {name: state[f'{kernel}.{name}'].double() for name in ('inv_dt', 'A_real', 'A_imag', 'B', 'C', 'P')}
+    names = 'inv_dt', 'A_real', 'A_imag', 'B', 'C', 'P'
+    part = {name: state[f'{kernel}.{name}'].double() for name in names}
     B, C, P = (torch.view_as_complex(part[name].contiguous()) for name in 'BCP')
     A = -torch.complex(part['A_real'].exp(), part['A_imag'])
     dt, copies = part['inv_dt'].exp(), C.shape[1] // len(A)
@@ -206,10 +207,12 @@ def _untruncated(state, kernel, length):
 def _state_space(params, config):
     d_in, d_model = params['encoder.weight'].shape
     n_layers, ours = count_layers(params, 's4_layers.'), 'loop.body.layers'
-    moves, outside = _outside(config | {'freeze_null_emb': False}, 'encoder', 'decoder') # which is ignored there
+    ignored = {'freeze_null_emb': False}
+    moves, outside = _outside(config | ignored, 'encoder', 'decoder')
     for i in range(n_layers):
-        own = [n.removeprefix(f's4_layers.{i}.layer.') for n in params if n.startswith(f's4_layers.{i}.layer.')]
-        moves += [Move(f's4_layers.{i}.layer.{n}', f'{ours}.{i}.mixer.{n}') for n in own if n != 'kernel.l_kernel']
+        layer, mixer = f's4_layers.{i}.layer.', f'{ours}.{i}.mixer.'
+        moves += [Move(n, n.replace(layer, mixer)) for n in params
+                  if n.startswith(layer) and not n.endswith('.l_kernel')]
     parts = {'output_linear.0.': 'mixer.out.'}
     moves += layer_moves(n_layers, 's4_layers.', parts) + layer_moves(n_layers, 'norms.', {'': 'norm1.'})
     computed = [f's4_layers.{i}.layer.kernel.l_kernel' for i in range(n_layers)]
@@ -220,7 +223,8 @@ def _state_space(params, config):
         if length := int(params.get(name, 0)):
             state[f'{kernel.format(i)}.C'] = _untruncated(state, kernel.format(i), length)
     fields = {'d_model': d_model, 'n_layers': n_layers, 'd_state': 2 * C.shape[2], 'n_ssm': len(rates),
-              'rank': len(P), 'channels': len(C), 'dropout': config.get('dropout', .1), 'tied': outside['tied']}
+              'rank': len(P), 'channels': len(C), 'dropout': config.get('dropout', .1),
+              'tied': outside['tied']}
     return Adapted('s4', (d_in, d_in, False), fields, tuple(moves), state)
 
 # %% ../../nbs/07_interop/01_counting.ipynb #5d307b64
