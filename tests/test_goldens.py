@@ -34,6 +34,7 @@ from looped_nbs.experiments import (
     icl_published,
     timestep_published,  # noqa: F401, registers a mixer
 )
+from looped_nbs.experiments.counting_published import publish
 from looped_nbs.experiments.fastweight import ResidualNormBlock
 from looped_nbs.interop import ancestor, chunked, counting, fastweight, icl, timestep, translation
 from looped_nbs.interop.adapt import Move, build, give, take
@@ -42,6 +43,8 @@ from looped_nbs.layers.block import Block, FeedForward
 from looped_nbs.layers.fast_weights import SRWM, DeltaRule, ElementwiseLSTM, LinearAttention, RecurrentDelta
 from looped_nbs.layers.modulation import timestep_waves
 from looped_nbs.layers.positions import build_positions
+from looped_nbs.layers.s4 import StateSpace, StateSpaceMixer
+from looped_nbs.models.base import MODELS
 from looped_nbs.ops import ssm_kernels as ssm
 from looped_nbs.ops.conv import causal_conv1d
 from looped_nbs.ops.delta import DELTA
@@ -166,12 +169,7 @@ COUNTING_FILES = [
 
 
 # Stems that have cases but no counterpart in the library yet, by the part of the plan that builds them.
-NOT_BUILT = {
-    'part 7': _stems('counting', '''
-        mamba op_s4block op_s4block_diag_noglu rwkv5 rwkv5_init rwkv6 rwkv6_init s4 s4_tied
-        train_trace_s4
-    '''),
-}
+NOT_BUILT = {}
 
 
 @dataclass
@@ -427,12 +425,15 @@ def check_metric(case):
 def check_train_trace(case):
     adapted = counting.adapt(case.part('param'), case.config)
     model, steps = build(adapted).train(), case.meta['steps']
+    if adapted.model == 's4': publish(model, case['in.step0.input_id'].shape[1])
     groups = case.meta.get('groups', [{'lr': case.meta.get('lr'), 'weight_decay': .01}])
     optim = Optim(lr=groups[0]['lr'], weight_decay=groups[0]['weight_decay'], name='adamw', clip_norm=1.,
                   warmup_steps=case.meta.get('warmup_steps', 0))
     optimiser = build_optimiser(model, optim)
-    assert len(groups) == len(optimiser.param_groups) == 1
-    assert groups[0].get('n_tensors') in (None, len(optimiser.param_groups[0]['params']))
+    for theirs, ours in zip(groups, optimiser.param_groups, strict=True):
+        assert theirs.get('n_tensors') in (None, len(ours['params']))
+        assert theirs['weight_decay'] == ours['weight_decay']
+        assert theirs['lr'] == groups[0]['lr'] * ours.get('lr_scale', 1) or not theirs['lr']
     rates = [learning_rate(optim, step, steps) for step in range(steps)]
     if 'out.lrs' in case.tensors:
         case.close(torch.tensor(rates, dtype=torch.double), case['out.lrs'], 'out.lrs')
@@ -449,9 +450,45 @@ def check_train_trace(case):
         set_rate(optimiser, rate)
         optimiser.step()
         optimiser.zero_grad()
-    final = take(case.part('out.final'), adapted.moves, computed=['sine.pe'])
+    final = take(case.part('out.final'), adapted.moves, computed=['sine.pe', *_lengths(case, 'out.final')])
     assert set(final) == set(model.state_dict())
     for name, tensor in model.state_dict().items(): case.close(tensor, final[name], name)
+
+
+def _lengths(case, prefix):
+    "Names of the lengths for which the kernels of an S4 are made, which all are the same here."
+    return [n for n in case.part(prefix) if n.endswith('.l_kernel')]
+
+
+def check_counting_s4(case):
+    adapted = counting.adapt(case.part('param'), case.config)
+    model, lengths = build(adapted).eval(), _lengths(case, 'param')
+    assert adapted.model == 's4'
+    _assert_moves(case, adapted, model, lengths)
+    batch = _counting_batch(case, case['in.input_id'], case['in.label'])
+    time = batch.inputs.shape[1]
+    with torch.no_grad():
+        case.close(model(batch).final, case['out.logits'], 'out.logits, with C')
+        if 'out.logits_f64' in case.tensors:
+            exact = build(adapted).double().eval()
+            case.close(exact(batch).final, case['out.logits_f64'], 'out.logits_f64')
+        cache, steps = model.begin(), []
+        for token in batch.inputs.split(1, 1):
+            logits, cache = model.step(token, cache)
+            steps.append(logits)
+        case.close(torch.cat(steps, 1), case['out.logits'], 'out.logits, step by step')
+    publish(model, time)
+    after = case.part('out.after_first_forward')
+    assert all(length == time for n, length in after.items() if n.endswith('.l_kernel'))
+    kept, ours = take(after, adapted.moves, _lengths(case, 'out.after_first_forward')), model.state_dict()
+    assert len(kept) == len(lengths)
+    for name, C in kept.items(): case.close(ours[name], C, f'{name} after a sequence')
+    output = _assert_training(case, adapted, model, batch, TokenClassification())
+    case.close(output.final, case['out.logits'], 'out.logits')
+    state = {n: case[f'out.after_first_forward.{n}'] if f'out.after_first_forward.{n}' in case.tensors else p
+             for n, p in case.part('param').items()}
+    with torch.no_grad(): again = build(counting.adapt(state, case.config)).eval()(batch)
+    case.close(again.final, case['out.logits'], 'out.logits, from what is kept')
 
 
 def check_counting_transformer(case):
@@ -484,6 +521,51 @@ def check_counting_recurrent(case):
     batch = _counting_batch(case, case['in.input_id'], case['in.label'])
     output = _assert_training(case, adapted, model, batch, TokenClassification())
     case.close(output.final, case['out.logits'], 'out.logits')
+
+
+def check_rwkv(case):
+    adapted = counting.adapt(case.part('param'), case.config)
+    assert adapted.model == case.stem.removeprefix('counting/')
+    model = build(adapted).train()
+    _assert_moves(case, adapted, model)
+    batch = _counting_batch(case, case['in.input_id'], case['in.label'])
+    output = model(batch)
+    case.close(output.final, case['out.logits'], 'out.logits')
+    total, count = TokenClassification().loss(output, batch)
+    case.close(total / count, case['out.loss'], 'out.loss')
+    (total / count).backward(retain_graph=True)
+    alone = {n: p.grad.clone() for n, p in model.named_parameters()}
+    output.aux_loss.backward()
+    whole = {n: p.grad for n, p in model.named_parameters()}
+    plain, priced = (take(case.part(prefix), adapted.moves) for prefix in ('out.grad_ce_only', 'grad'))
+    assert plain and set(priced) == set(whole)
+    for name, gradient in priced.items(): case.close(whole[name], gradient, f'grad.{name}')
+    for name, gradient in plain.items():
+        case.close(alone[name], gradient, f'out.grad_ce_only.{name}')
+        price = priced[name] - gradient  # small: compare it by itself
+        assert (whole[name] - alone[name] - price).norm() < .02 * price.norm(), name
+
+
+def check_rwkv_init(case):
+    version, n_layers, d_model = int(case.stem[-6]), case.meta['n_layer'], case.meta['n_embd']
+    fields = {'d_model': d_model, 'n_layers': n_layers, 'head_size': case.meta['head_size']}
+    model = MODELS[f'rwkv{version}'](11, 11, **fields)
+    moves = counting.rwkv_moves(version, n_layers, model.loop.body.layers[0].mixer.heads[0])
+    ours = give(model.state_dict(), moves)
+    for name, tensor in case.part('out').items(): case.close(ours.pop(name), tensor, name)
+    gains = {'.att.receptance.': 1, '.att.value.': 1, '.ffn.key.': 1, '.att.key.': .1, '.att.gate.': .1,
+             '.att.output.': 0, '.ffn.value.': 0, '.ffn.receptance.': 0,
+             'head.': .5 * max(1, 11 / d_model) ** .5}
+    for name, tensor in ours.items():  # what is drawn
+        gain = next((gain for part, gain in gains.items() if part in name), None)
+        if gain is not None:
+            tensor = tensor if tensor.shape[0] < tensor.shape[1] else tensor.mT
+            square = tensor @ tensor.mT
+            torch.testing.assert_close(square, gain ** 2 * torch.eye(len(square)), rtol=0, atol=1e-5)
+            continue
+        bound = {'emb.weight': 1e-4}.get(name, 0 if name.endswith('_w1') else .01)
+        assert tensor.abs().max() <= bound
+        assert not bound or (tensor.abs().max() > .9 * bound and tensor.mean().abs() < .2 * bound), name
 
 
 def check_fast_weights(case):
@@ -988,6 +1070,50 @@ def check_fftconv(case):
         _assert_sum(case, y, '', leaves)
 
 
+BLOCKS = {'layer.D': 'D', 'output_linear.0.weight': 'out.weight', 'output_linear.0.bias': 'out.bias'}
+SET_HERE = {'init', 'd_state', 'n_ssm', 'rank', 'dt_min', 'dt_max', 'lr', 'wd'}  # seen in the parameters
+
+
+def _state_space_mixer(params, options):
+    "The mixer of a block of the published code, its systems as large as the parameters say."
+    d_model, known = options['d_model'], {'d_model', 'transposed', 'mode', 'l_max', *SET_HERE}
+    fields = {'final': options.get('final_act', 'glu') or 'none', 'causal': not options.get('bidirectional')}
+    usual = {'channels': 1, 'activation': 'gelu', 'tie_dropout': False}
+    fields |= {n: options.get(n, value) for n, value in usual.items()}
+    known |= {*fields, 'final_act', 'bidirectional', 'dropout', 'disc', 'dt_tie'}
+    kinds = {f'{part}_transform': kind for part, kind in (('dt', 'exp'), ('real', 'exp'), ('imag', 'none'))}
+    assert not set(options) - known - set(kinds) and not options.get('dropout'), options
+    kernel = {n.removeprefix('layer.kernel.'): p for n, p in params.items() if n.startswith('layer.kernel.')}
+    rates = torch.complex(-torch.ones_like(kernel['A_real']), torch.zeros_like(kernel['A_real']))
+    P = rates.expand(len(kernel['P']), *rates.shape) if 'P' in kernel else None
+    transforms = tuple(options.get(n, kind) for n, kind in kinds.items())
+    make = functools.partial(
+        StateSpace, d_model, rates, rates, P, transforms=transforms, dt_tie=kernel['inv_dt'].shape[1] == 1,
+        method=options.get('disc', 'zoh') if P is None else 'bilinear')
+    return StateSpaceMixer(d_model, make, **fields | {'activation': fields['activation'] or 'none'}).double()
+
+
+def check_state_space_block(case):
+    params, options, x = case.part('param'), case.meta['kwargs'], case['in.x'].requires_grad_()
+    assert options['transposed']
+    made = int(params.pop('layer.kernel.l_kernel', 0))
+    moves = [Move(n, BLOCKS.get(n, n.removeprefix('layer.'))) for n in params]
+    mixer = _state_space_mixer(params, options)
+    mixer.load_state_dict(take(params, moves))
+    assert made == 0
+    for form in ('C', 'C of this length'):
+        if form != 'C' and hasattr(mixer.kernel, 'P'): publish(mixer, x.shape[2])
+        y = mixer(x.mT)[0].mT
+        case.close(y, case['out.y'], f'{form}: out.y')
+    if mixer.recurs:
+        first, state = mixer(x[..., :4].mT)
+        parts = [first] + [mixer(x[..., 4:5].mT, state=state)[0]]
+        case.close(torch.cat(parts, 1).mT, case['out.y'][..., :5], 'out.y, in parts')
+    theirs = {m.theirs: dict(mixer.named_parameters())[m.ours] for m in moves}
+    assert {f'grad.{n}' for n in theirs} | {'grad.in.x'} == {n for n in case.tensors if n.startswith('grad.')}
+    _assert_sum(case, y, '', {'in.x': x, **theirs})
+
+
 class Silent(torch.nn.Module):
     "In place of a part of a block: it adds nothing."
     def forward(self, h, **_): return torch.zeros_like(h)
@@ -1377,12 +1503,18 @@ BUILT = {
         ct_rope ct_rope_identity_mask ct_rope_rdmz ct_rope_shift ct_sine ct_sine_nullemb ct_sine_shift
         ct_spe ct_spe_shift
     '''), check_counting_transformer),
-    **dict.fromkeys(_stems('counting', 'lstm lstm_nullemb lstm_tied rnn'), check_counting_recurrent),
+    **dict.fromkeys(_stems('counting', 'lstm lstm_nullemb lstm_tied mamba rnn'), check_counting_recurrent),
+    **dict.fromkeys(_stems('counting', 'rwkv5 rwkv6'), check_rwkv),
+    **dict.fromkeys(_stems('counting', 'rwkv5_init rwkv6_init'), check_rwkv_init),
     **dict.fromkeys(_stems('counting', '''
         collator_none collator_randomized collator_scaler_shift collator_shift collator_zooming
     '''), check_collator),
     'counting/metric_get_acc': check_metric,
-    **dict.fromkeys(_stems('counting', 'train_trace_ct train_trace_lstm train_trace_rnn'), check_train_trace),
+    **dict.fromkeys(_stems('counting', '''
+        train_trace_ct train_trace_lstm train_trace_rnn train_trace_s4
+    '''), check_train_trace),
+    **dict.fromkeys(_stems('counting', 's4 s4_tied'), check_counting_s4),
+    **dict.fromkeys(_stems('counting', 'op_s4block op_s4block_diag_noglu'), check_state_space_block),
     **dict.fromkeys(COUNTING_FILES, check_counting_file),
     **dict.fromkeys(_stems('counting', '''
         op_causal_conv1d_silu op_selective_scan op_wkv5 op_wkv6 op_wkv6state

@@ -38,7 +38,10 @@ def prompt(points, dims=3, batch=2, seed=1):
 
 def small(name, **more):
     known = fields_of(MODELS[name])
-    return MODELS[name](3, 1, True, **({k: v for k, v in SMALL.items() if k in known} | more)).double()
+    model = MODELS[name](3, 1, True, **({k: v for k, v in SMALL.items() if k in known} | more)).double()
+    for p in model.parameters():  # a layer that starts as the identity hears nothing
+        if p.dim() > 1 and not p.any(): torch.nn.init.normal_(p, std=.1)
+    return model
 
 
 def heard(model, batch):

@@ -29,11 +29,12 @@ _MODELS = {
     **{f'transformer_{name}': _TRANSFORMER | fields for name, fields in POSITIONS.items()},
     'looped_transformer': _TRANSFORMER | {'name': 'looped_transformer', 'n_layers': 1, 'n_loops': 4},
     **{name: {'name': name, **_RECURRENT} for name in ('rnn', 'lstm', 'gru')},
+    **{name: {'name': name, **_RECURRENT, 'dropout': .1} for name in ('s4', 's4d')},
 }
 
 def _optim(model):
     "The published optimiser of a model."
-    if model['name'] in ('rnn', 'lstm', 'gru'): return {'lr': 1e-2, 'weight_decay': 0.01}
+    if model['name'] in ('rnn', 'lstm', 'gru', 's4', 's4d'): return {'lr': 1e-2, 'weight_decay': 0.01}
     return {'lr': 1e-4, 'weight_decay': 0.01, 'warmup_steps': 3000}
 
 def _register():

@@ -40,8 +40,11 @@ from looped_nbs.models import (  # noqa: F401  register
     encoder_decoder,
     fast_weights,
     loop_variants,
+    mamba,
     memory,
     recurrent,
+    rwkv,
+    s4,
     transformer,
 )
 from ..models.base import MODELS, SequenceModel

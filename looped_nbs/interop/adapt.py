@@ -21,7 +21,10 @@ from looped_nbs.models import (  # noqa: F401, they register the models
     chunked,
     fast_weights,
     loop_variants,
+    mamba,
     recurrent,
+    rwkv,
+    s4,
     transformer,
 )
 from ..models.base import MODELS, SequenceModel

@@ -56,12 +56,12 @@ class Block(nn.Module):
         d_model: int, # width
         norm: str = 'pre', # pre: before each part; post: after each sum
         dropout: float = 0., # of what each part adds, a probability
-        norm_type: str = 'layer', # layer, layer_gain, rms, rms_plain or none
+        norm_type: str | Callable = 'layer', # layer, layer_gain, rms, rms_plain, none; or norm_type(d_model)
     ):
         super().__init__()
         self.pre = one_of('norm', norm, ['pre', 'post']) == 'pre'
         self.mixer, self.feedforward, self.dropout = mixer, feedforward, nn.Dropout(dropout)
-        kind = NORMS[one_of('norm_type', norm_type, NORMS)]
+        kind = norm_type if callable(norm_type) else NORMS[one_of('norm_type', norm_type, NORMS)]
         self.norm1, self.norm2 = kind(d_model), None if feedforward is None else kind(d_model)
 
     def forward(self,

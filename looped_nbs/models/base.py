@@ -251,16 +251,20 @@ class SequenceModel(nn.Module):
     def param_groups(self,
         optim: Optim, # the optimiser's section
     ) -> list[dict]: # groups for a torch optimiser
-        "Group parameters into those that are decayed and those that are not."
+        "Group parameters by rate and decay: that of the section, or what their own module `asks` for."
         decays = {'all': lambda n, p: True, 'no_biases': lambda n, p: 'bias' not in n,
                   'matrices': lambda n, p: p.dim() > 1}[optim.decayed]
-        groups = {True: [], False: []}
+        asked = {id(m.get_parameter(n)): wish for m in self.modules() if hasattr(m, 'asks')
+                 for n, wish in m.asks(optim).items()}
+        groups = {}
         for n, p in self.named_parameters():
-            if p.requires_grad: groups[decays(n, p)].append(p)
-        return [{'params': params, 'weight_decay': optim.weight_decay * decayed}
-                for decayed, params in groups.items() if params]
+            if not p.requires_grad: continue
+            group = {'weight_decay': optim.weight_decay * decays(n, p)} | asked.get(id(p), {})
+            groups.setdefault(tuple(sorted(group.items())), []).append(p)
+        order = sorted(groups, key=lambda group: ('lr_scale' in dict(group), -dict(group)['weight_decay']))
+        return [{'params': groups[group], **dict(group)} for group in order]
 
-# %% ../../nbs/03_models/00_base.ipynb #5dc3019e
+# %% ../../nbs/03_models/00_base.ipynb #64c57d6a
 def _gpt2(model, depth=None):
     "Normal, deviation 0.02, less for maps that add to the residual stream (Radford et al., section 2.3)."
     spared = {m for e in model.modules() if isinstance(e, TimestepEmbedding) for m in e.modules()}
