@@ -274,9 +274,10 @@ def _gpt2(model, depth=None):
         if isinstance(m, (nn.Linear, nn.Embedding)): nn.init.normal_(m.weight, std=0.02)
         if isinstance(m, nn.Linear) and m.bias is not None: nn.init.zeros_(m.bias)
     blocks = [m for m in modules if isinstance(m, Block)]
+    std = 0.02 / math.sqrt(2 * (depth or max(1, len(blocks))))
     for b in blocks:
         for out in (getattr(b.mixer, 'out', None), b.feedforward and b.feedforward[-1]):
-            if isinstance(out, nn.Linear): nn.init.normal_(out.weight, std=0.02 / math.sqrt(2 * (depth or len(blocks))))
+            if isinstance(out, nn.Linear): nn.init.normal_(out.weight, std=std)
 
 def _torch(model, depth=None):
     "The defaults of torch, with embeddings of deviation 0.02."
