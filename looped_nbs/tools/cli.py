@@ -427,18 +427,34 @@ def resume_verb(*,
 def plot_verb(*,
     runs: tuple[str, ...], # run folders
     out: str = '', # picture to write: png, pdf or svg; empty: comparison.png in the first folder's figures
+    analysis: str = '', # look into one run: components, trajectories, attention, transplants, probes, ...
+    value: int | None = None, # of an analysis: size of the line; none: as large as in training or in the test
+    modulus: int | None = None, # of an analysis: colours go round after so many counts; none: the task's own
+    sites: tuple[str, ...] = (), # of an analysis: patterns such as '*.layer.0.q'; none: those that fit
 ) -> None:
-    "Draw the curves of finished runs side by side."
+    "Draw the curves of finished runs side by side, or look into one."
     if not runs or len(set(runs)) < len(runs):
         raise FieldError('runs', ' '.join(runs), 'one or more run folders, each once')
     file = Path(out or f'{runs[0]}/figures/comparison.png')
     if file.suffix not in ('.png', '.pdf', '.svg'):
         raise FieldError('out', out, 'a name that ends in .png, .pdf or .svg')
+    asked = {'value': value, 'modulus': modulus, 'sites': sites}
+    if analysis: return _look_into(runs, analysis, out, asked)
+    for name, given in asked.items():
+        if given: raise FieldError(f'--{name}', given, 'absent without --analysis')
     from looped_nbs.experiments.run import Run, compare
     figure = compare([Run.open(r) for r in runs])
     if not file.parent.is_dir(): raise FieldError('out', out, 'a file in an existing folder')
     figure.savefig(file, dpi=150)
     print(f'figure   {file}')
+
+def _look_into(runs, analysis, out, asked):
+    "Look into one run."
+    if len(runs) > 1: raise FieldError('runs', ' '.join(runs), 'one run folder for an analysis')
+    from looped_nbs.experiments.analyses import analyse
+    analyse(runs[0], analysis, out, **asked)
+    file = Path(out or f'{runs[0]}/figures/{analysis}.png')
+    print(f'numbers  {file.with_suffix(".json")}\nfigure   {file}')
 
 # %% ../../nbs/09_tools/03_cli.ipynb #7ab7352f
 def generate_verb(*,
