@@ -96,7 +96,8 @@ def count_readings(
     rng, rows = numpy_stream(seed, 'count probe', 'places'), []
     for cloud in clouds(model, task, lines_of(task, value, lines, seed), sites, counts):
         inside = np.unique(cloud.places[cloud.places < task.reached()])
-        if len(inside) < 5: raise FieldError('sites', cloud.site, 'one with counts at five places of training')
+        if len(inside) < 5:
+            raise FieldError('sites', cloud.site, 'one with counts at five places of training')
         left_out = rng.permutation(inside)[:len(inside) // 5]
         part = np.where(cloud.places >= task.reached(), 'beyond',
                         np.where(np.isin(cloud.places, left_out), 'between', 'fitted'))

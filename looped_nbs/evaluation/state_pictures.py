@@ -30,7 +30,8 @@ def asked(
     "Give the number that is asked at each token."
     numbers = np.array([int(word) if word.isdecimal() else -1 for word in task.out_vocab])
     if not (numbers >= 0).any() or batch.targets.dim() != 2 or batch.targets.is_floating_point():
-        raise FieldError('task', type(task).__name__, 'one whose answers are numbers, such as those of counting')
+        allowed = 'one whose answers are numbers, such as those of counting'
+        raise FieldError('task', type(task).__name__, allowed)
     return np.where(batch.loss_mask.cpu(), numbers[batch.targets.cpu()], -1)
 
 def letters(
@@ -103,13 +104,14 @@ def clouds(
     "Collect the states of tokens that have a count."
     marks = counts(task, batch)
     rows, places = np.nonzero(marks >= 0)
-    if not len(rows): raise FieldError('counts', getattr(counts, '__name__', counts), 'one that some token has')
+    if not len(rows): raise FieldError('counts', counts.__name__, 'one that some token has')
     patterns, found = [sites] if isinstance(sites, str) else list(sites), []
     batch = batch.to(next(model.parameters()).device)
     for site, tensor in _tensors(model.eval(), batch, patterns, n_loops):
         for name, states in _by_head(site, tensor):
             if states.shape[:2] != batch.inputs.shape[:2]:
-                raise FieldError('sites', name, f'one with {batch.inputs.shape[1]} positions, as the lines have')
+                allowed = f'one with {batch.inputs.shape[1]} positions, as the lines have'
+                raise FieldError('sites', name, allowed)
             points = states.double().cpu().numpy()[rows, places]
             found.append(Cloud(name, points, marks[rows, places], rows, places))
     return found
@@ -133,7 +135,8 @@ def components(
     some = torch.from_numpy(cloud.states if fitted is None else cloud.states[fitted])
     if not some.isfinite().all(): raise FieldError('states', cloud.site, 'finite; some are NaN or infinite')
     most = min(len(some) - 1, some.shape[1])
-    if not 1 <= k <= most: raise FieldError('k', k, f'between 1 and {most}, for {len(some)} points at {cloud.site}')
+    if not 1 <= k <= most:
+        raise FieldError('k', k, f'between 1 and {most}, for {len(some)} points at {cloud.site}')
     centre = some.mean(0)
     _, sigma, axes = torch.linalg.svd(some - centre, full_matrices=False)
     largest = axes.abs().argmax(1, keepdim=True)
@@ -246,7 +249,7 @@ def plot_trajectories(
         left.set_ylabel('coordinate', fontsize=7)
         left.tick_params(labelsize=6)
         left.legend(fontsize=6)
-        if one.points.shape[1] > 1: plane.plot(one.points[:, 0], one.points[:, 1], color='0.8', lw=.8, zorder=0)
+        if one.points.shape[1] > 1: plane.plot(*one.points.T[:2], color='0.8', lw=.8, zorder=0)
         figure.colorbar(_scatter(plane, one, modulus), ax=plane, label=_of(modulus), shrink=.8)
     figure.suptitle(title, fontsize=9)
     return figure

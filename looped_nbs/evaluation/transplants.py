@@ -27,8 +27,8 @@ def _words(task, batch, row): return [task.in_vocab[t] for t in batch.inputs[row
 
 def _encoded(task, lines):
     "Lines of words as a batch, with labels by definition."
-    return task.encode(to_problem([(words, task.define(words)) for words in lines], task.symbols, task.answers,
-                                  '<pad>'))
+    labelled = [(words, task.define(words)) for words in lines]
+    return task.encode(to_problem(labelled, task.symbols, task.answers, '<pad>'))
 
 def _known(task, words): return set(task.define(words)) <= {*task.answers, '-1'}
 
@@ -44,14 +44,16 @@ def two_lines(
     if not hasattr(task, 'define'): raise FieldError('task', type(task).__name__, 'one of counting')
     found, places = [], []
     for name, count in (('donor', donor), ('own', own)):
-        batch = lines_of(task, at_least(name, count, 1) + at_least('steps', steps, 1), n, seed + (name == 'own'))
+        size = at_least(name, count, 1) + at_least('steps', steps, 1)
+        batch = lines_of(task, size, n, seed + (name == 'own'))
         marks = letters(task, batch) == count
         places.append(marks.argmax(1))
         found.append([_words(task, batch, row) for row in range(n)])
     p, q = (np.bincount(place).argmax() for place in places)
     span = 1 + (2 * steps + 1 if getattr(task, 'helper', '') else steps)
-    pairs = [(a[:p + span], b[:q + 1] + a[p + 1:p + span]) for i, (a, b) in enumerate(zip(*found, strict=True))
-             if (places[0][i], places[1][i]) == (p, q)]
+    there = (places[0] == p) & (places[1] == q)
+    pairs = [(a[:p + span], b[:q + 1] + a[p + 1:p + span])
+             for a, b, fits in zip(*found, there, strict=True) if fits]
     pairs = [pair for pair in pairs if all(_known(task, words) for words in pair)]
     if not pairs: raise FieldError('own', own, f'a count from which words of the donor at {donor} can follow')
     return _encoded(task, [a for a, _ in pairs]), int(p), _encoded(task, [b for _, b in pairs]), int(q)
@@ -71,9 +73,11 @@ def _at_tokens(model, sites, donors, p, lines, q, axes, n_loops):
     "Logits of lines whose tensors at one position come from the donors."
     taken, change = dict(trace(model, donors, sites, n_loops)), {}
     for site in sites:
-        headed = site.rpartition('.')[2] in _HEADED
+        part = site.rpartition('.')[2]
+        headed = part in _HEADED
         if headed and axes is not None: raise FieldError('axes', site, 'none for what heads read')
-        if taken[site].shape[2 if headed else 1] != donors.inputs.shape[1] or 'scores' in site or 'weights' in site:
+        places = taken[site].shape[2 if headed else 1]
+        if places != donors.inputs.shape[1] or part in ('scores', 'weights'):
             raise FieldError('sites', site, 'one that has a vector for each token')
         change[site] = _replacing(taken[site], p, q, 2 if headed else 1, axes)
     last = [s for s in sites_of(model, n_loops) if s.endswith('.logits')][-1]
@@ -108,7 +112,8 @@ def _in_the_cache(model, sites, donors, p, lines, q, axes, n_loops):
         states = list(cache.states[t])
         part = int(part[0]) if part else None
         states[layer], parts = _swap(states[layer], theirs.states[t][layer], part, axes)
-        if (part or 0) >= parts: raise FieldError('sites', site, f'a part below {parts}: the state has no more')
+        if (part or 0) >= parts:
+            raise FieldError('sites', site, f'a part below {parts}: the state has no more')
         cache.states[t] = type(cache.states[t])(states)
     rest, _ = model.step(lines.inputs[:, q + 1:], cache)
     return torch.cat([first, rest], 1)
@@ -122,7 +127,8 @@ def _recurrent(model, sites, n_loops):
         part = pattern.rpartition('.')[2]
         picked += [f'{s}.{part}' if part.isdigit() and s.endswith('.state') else s for s in found]
     kinds = {'.state' in site for site in picked}
-    if len(kinds) > 1: raise FieldError('sites', ' '.join(patterns), 'recurrent states, or other sites, not both')
+    if len(kinds) > 1:
+        raise FieldError('sites', ' '.join(patterns), 'recurrent states, or other sites, not both')
     if any(s.endswith('.logits') for s in picked):
         raise FieldError('sites', ' '.join(patterns), 'tensors that the model reads again, no logits')
     return picked, kinds.pop()
@@ -131,7 +137,7 @@ def _recurrent(model, sites, n_loops):
 def transplant(
     model: SequenceModel, # trained
     task: Task, # one of counting
-    sites: str | Iterable[str], # what is transplanted: patterns such as `*.state`, `*.state.1` or `*.layer.0.h`
+    sites: str | Iterable[str], # what is transplanted: patterns such as `*.state`, `*.state.1` or `*.0.h`
     donor: int, # words counted where it is taken out
     own: int, # words counted where it is put in
     steps: int = 5, # counted words after that
@@ -151,7 +157,8 @@ def transplant(
     rows = []
     for j in range(int(recurrent), lines.inputs.shape[1] - q):
         rows += _row(j, donors, p + j, lines, q + j, said, plain)
-    if not rows: raise FieldError('donor', donor, f'a count after which other answers are asked than after {own}')
+    if not rows:
+        raise FieldError('donor', donor, f'a count after which other answers are asked than after {own}')
     return rows
 
 # %% ../../nbs/06_evaluation/10b_transplants.ipynb #d5e7dea4

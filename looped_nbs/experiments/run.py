@@ -245,7 +245,8 @@ def measure(
     exp = experiment
     device = next(model.parameters()).device
     workers = 1 if exp.run.threads else 0
-    rows = generalisation(model, task, evaluate, exp.seed, device, exp.run.progress, workers, draws, **controls)
+    shown = exp.run.progress
+    rows = generalisation(model, task, evaluate, exp.seed, device, shown, workers, draws, **controls)
     score = task.objective.score
     passes = _passes(exp, task, model, evaluate, device, controls) | ({'draws': draws} if draws > 1 else {})
     return {'task': exp.task.name, 'model': label(exp), 'coding': task.coding, 'axis': task.axis,

@@ -394,7 +394,7 @@ def list_verb(*,
     print('\n\n'.join(_section(k, v) for k, v in chosen.items()))
 
 def _folded(presets):
-    "One line for the models that go with every task of a study, in place of one for each of them and each task."
+    "One line for the models that go with every task of a study, in place of one for each task."
     shown, studies = dict(presets), {}
     for name in presets:
         study, *task = name.split('/')
