@@ -104,7 +104,12 @@ def test_list():
         assert set(names.split()) <= set(found[kind])
         for name, line in found[kind].items(): assert line.strip() and '\n' not in line, name
     text = call('list').out
-    assert all(name in text for kind in found.values() for name in kind)
+    everywhere = {study: models.split(', ') for study, models in
+                  re.findall(r'^  (\w+)/TASK/MODEL +each of its tasks with (.*)$', text, flags=re.M)}
+    assert 'lstm' in everywhere['counting'] and len(text.splitlines()) < 600
+    for name in (name for kind in found.values() for name in kind):
+        task, _, model = name.rpartition('/')
+        assert name in text or (task in text and model in everywhere[task.split('/')[0]]), name
     assert list(call('list', 'tasks', '--json').json()) == ['tasks']
 
 

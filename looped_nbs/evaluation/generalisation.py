@@ -88,6 +88,7 @@ def generalisation(
     device: str = 'cpu', # where the model is
     progress: bool = False, # show a progress bar
     workers: int = 0, # values measured at once; 0: on a CPU as many as it has processors left, else 1
+    draws: int = 1, # passes over the examples, with position ids drawn anew in each, and pooled
     **controls: object, # controls of the model, such as n_loops
 ) -> list[dict]: # one row per value: axis, beyond, metrics, chance, examples
     "Measure a model at every value of the task's axis, from the smallest in training to the largest tested."
@@ -97,14 +98,17 @@ def generalisation(
     values = sorted({*range(low, high + 1, evaluate.every * task.axis_step), trained, high})
     def batches(value):
         for step, batch in _at(task, value, value > trained, evaluate, seed):
-            batch.position_ids = model.position_ids(batch, numpy_stream(seed, 'test', 'positions', step))
-            yield (new_positions(batch, reached) if value > trained else batch).to(device)
+            if value > trained: batch = new_positions(batch, reached)
+            for draw in range(draws):
+                name = (step, draw) if draw else (step,)
+                batch.position_ids = model.position_ids(batch, numpy_stream(seed, 'test', 'positions', *name))
+                yield batch.to(device)
     @torch.inference_mode()
     def row(value):
         tallies, targets, examples = _measure(model, batches(value), task, controls)
         if not len(targets): return None
         return {task.axis: value, 'beyond': value > trained, **means(tallies),
-                'chance': task.objective.chance(targets), 'examples': examples}
+                'chance': task.objective.chance(targets), 'examples': examples // draws}
     bar = tqdm(total=len(values), desc='evaluate', unit=task.axis, disable=not progress, mininterval=.5)
     with bar: return [r for r in _over(row, values, _at_once(workers, device), bar) if r]
 

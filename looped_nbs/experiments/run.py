@@ -10,13 +10,14 @@ __all__ = ['preset', 'configure', 'build', 'Run', 'measure', 'label', 'save', 'f
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 
 from ..core.config import PRESETS, Evaluate, Experiment, merge, nest, read_yaml
-from ..core.errors import FieldError, InputError, one_of
+from ..core.errors import FieldError, InputError, at_least, one_of
 from ..core.registry import load_plugin, lookup
 from ..core.streams import torch_stream
 from ..evaluation.generalisation import generalisation, summarise
@@ -103,7 +104,7 @@ def configure(
     "Build an experiment from a preset, names and overrides; preset and model together may name a preset."
     if f'{name}/{model}' in PRESETS: name, model = f'{name}/{model}', None
     for file in (*plugins, *_plugins((overrides or {}).get('run.plugins'))): load_plugin(file)
-    config = lookup(PRESETS, 'preset', name)['config'] if name else {}
+    config = _preset(name)['config'] if name else {}
     for section, chosen in (('task', task), ('model', model)):
         if chosen is not None: config = merge(config, {section: chosen})
     config = merge(config, nest(overrides or {}))
@@ -111,6 +112,13 @@ def configure(
     return Experiment.from_dict(config, TASKS, MODELS)
 
 # %% ../../nbs/08_experiments/05_run.ipynb #344217b4
+def _preset(name):
+    "Find a preset; there are too many to name them all to whoever mistypes one."
+    if name in PRESETS: return PRESETS[name]
+    near = get_close_matches(name, PRESETS, n=1)
+    hint = f' (did you mean {near[0]!r}?)' if near else ''
+    raise FieldError('preset', name, f'one of the {len(PRESETS):,} of `looped list presets`{hint}')
+
 def _plugins(files):
     "The plugins of a configuration, as a list of files."
     if files is None: return ()
@@ -233,15 +241,17 @@ def measure(
     task: Task, # its task
     model: SequenceModel, # its trained model
     evaluate: Evaluate, # how to measure
+    draws: int = 1, # passes, with position ids drawn anew in each
     **controls: int, # controls of the model, such as n_loops
 ) -> dict: # the measurements, for summary.json
     "Measure generalisation and describe it as plain values."
     exp = experiment
     device = next(model.parameters()).device
     workers = 1 if exp.run.threads else 0
-    rows = generalisation(model, task, evaluate, exp.seed, device, exp.run.progress, workers, **controls)
+    shown = exp.run.progress
+    rows = generalisation(model, task, evaluate, exp.seed, device, shown, workers, draws, **controls)
     score = task.objective.score
-    passes = _passes(exp, task, model, evaluate, device, controls)
+    passes = _passes(exp, task, model, evaluate, device, controls) | ({'draws': draws} if draws > 1 else {})
     return {'task': exp.task.name, 'model': label(exp), 'coding': task.coding, 'axis': task.axis,
             'score': score, 'seed': exp.seed, **summarise(rows, score), 'parameters': model.n_params(),
             'examples': evaluate.examples, 'rows': rows, **passes, **controls}
@@ -374,6 +384,7 @@ def evaluate(
     path: str, # a run folder
     overrides: Mapping[str, object] | None = None, # dotted fields of task and evaluate to values
     tolerance: float | None = None, # stop the loop when no state moves by more than this part of its size
+    draws: int = 1, # passes over the examples, with position ids drawn anew in each, and pooled
     **controls: int, # controls of the model, such as n_loops
 ) -> Run: # the new measurement
     "Evaluate the weights of a run again; saved as evaluation-1, evaluation-2, …"
@@ -387,8 +398,10 @@ def evaluate(
     for name, value in {'tolerance': tolerance, **controls}.items():
         if value is not None and 'n_loops' not in exp.model.kwargs:
             raise FieldError(name, value, f'absent: {exp.model.name} has no loops')
+    if at_least('draws', draws, 1) > 1 and not getattr(model.positions, 'drawn', False):
+        raise FieldError('draws', draws, '1: the positions of this model are not drawn')
     used = [] if tolerance is None else _stop_early(model.loop, tolerance, controls.get('n_loops'))
-    measured = measure(exp, task, model, exp.evaluate, **controls)
+    measured = measure(exp, task, model, exp.evaluate, draws, **controls)
     number = 1 + len(list(Path(path).glob('evaluation-*.json')))
     spent = {'steps': state['step'], 'seconds': state['seconds']}
     if used: spent |= {'tolerance': tolerance, 'loops_used': sum(used) / len(used)}

@@ -176,12 +176,15 @@ def evaluate_verb(
     if len(words) != 1 and not wants_help: raise FieldError('run', ' '.join(words), 'one run folder')
     experiment = load(words[0])[1] if words else configure(task='parity_check', model='transformer')
     sections = ('task', 'evaluate', 'run')
-    if wants_help: _help('evaluate', 'RUN [--n-loops N] [--tolerance X] [--json]', experiment, sections)
+    usage = 'RUN [--n-loops N] [--tolerance X] [--draws N] [--json]'
+    if wants_help: _help('evaluate', usage, experiment, sections)
     as_json, loops = flags.pop('json', None), _take(flags, 'n_loops')
     if as_json: raise FieldError('--json', ' '.join(as_json), 'no value')
     controls = {} if loops is None else {'n_loops': coerce('n_loops', loops, int)}
     tolerance = _take(flags, 'tolerance')
     if tolerance is not None: controls['tolerance'] = coerce('tolerance', tolerance, float)
+    draws = _take(flags, 'draws')
+    if draws is not None: controls['draws'] = coerce('draws', draws, int)
     run = evaluate(words[0], check_flags(flags, experiment, sections), **controls)
     if as_json is not None: print(dumps(run.summary))
     else: print(f'{_tables(run)}\n\nnumbers  {run.path}/{run.name}.json')
@@ -386,14 +389,33 @@ def list_verb(*,
     entries['presets'] = {k: v['description'] for k, v in sorted(PRESETS.items())}
     entries['studies'] = {k: f'{v["description"]} ({", ".join(v["scales"])})' for k, v in STUDIES.items()}
     chosen = {k: v for k, v in entries.items() if what in ('all', k)}
-    print(dumps(chosen, indent=1) if json else '\n\n'.join(_section(k, v) for k, v in chosen.items()))
+    if json: return print(dumps(chosen, indent=1))
+    if 'presets' in chosen: chosen['presets'] = _folded(chosen['presets'])
+    print('\n\n'.join(_section(k, v) for k, v in chosen.items()))
+
+def _folded(presets):
+    "One line for the models that go with every task of a study, in place of one for each task."
+    shown, studies = dict(presets), {}
+    for name in presets:
+        study, *task = name.split('/')
+        if len(task) == 1: studies.setdefault(study, {})[name] = set()
+    for name in presets:
+        task, _, model = name.rpartition('/')
+        if task in studies.get(name.split('/')[0], {}): studies[name.split('/')[0]][task].add(model)
+    for study, tasks in studies.items():
+        common = set.intersection(*tasks.values()) if len(tasks) > 1 else set()
+        if not common: continue
+        for task in tasks:
+            for model in common: del shown[f'{task}/{model}']
+        shown[f'{study}/TASK/MODEL'] = f'each of its tasks with {", ".join(sorted(common))}'
+    return dict(sorted(shown.items()))
 
 def _section(title, lines):
     "A title and one line per entry, descriptions under each other."
     width = max(map(len, lines))
     return '\n'.join([title, *(f'  {name:{width}}  {text}' for name, text in lines.items())])
 
-# %% ../../nbs/09_tools/03_cli.ipynb #f095541a
+# %% ../../nbs/09_tools/03_cli.ipynb #b22b9a40
 def resume_verb(*,
     run: str, # run folder
     json: bool = False, # print JSON in place of a table
@@ -405,20 +427,36 @@ def resume_verb(*,
 def plot_verb(*,
     runs: tuple[str, ...], # run folders
     out: str = '', # picture to write: png, pdf or svg; empty: comparison.png in the first folder's figures
+    analysis: str = '', # look into one run: components, trajectories, attention, transplants, probes, ...
+    value: int | None = None, # of an analysis: size of the line; none: as large as in training or in the test
+    modulus: int | None = None, # of an analysis: colours go round after so many counts; none: the task's own
+    sites: tuple[str, ...] = (), # of an analysis: patterns such as '*.layer.0.q'; none: those that fit
 ) -> None:
-    "Draw the curves of finished runs side by side."
+    "Draw the curves of finished runs side by side, or look into one."
     if not runs or len(set(runs)) < len(runs):
         raise FieldError('runs', ' '.join(runs), 'one or more run folders, each once')
     file = Path(out or f'{runs[0]}/figures/comparison.png')
     if file.suffix not in ('.png', '.pdf', '.svg'):
         raise FieldError('out', out, 'a name that ends in .png, .pdf or .svg')
+    asked = {'value': value, 'modulus': modulus, 'sites': sites}
+    if analysis: return _look_into(runs, analysis, out, asked)
+    for name, given in asked.items():
+        if given: raise FieldError(f'--{name}', given, 'absent without --analysis')
     from looped_nbs.experiments.run import Run, compare
     figure = compare([Run.open(r) for r in runs])
     if not file.parent.is_dir(): raise FieldError('out', out, 'a file in an existing folder')
     figure.savefig(file, dpi=150)
     print(f'figure   {file}')
 
-# %% ../../nbs/09_tools/03_cli.ipynb #b22b9a40
+def _look_into(runs, analysis, out, asked):
+    "Look into one run."
+    if len(runs) > 1: raise FieldError('runs', ' '.join(runs), 'one run folder for an analysis')
+    from looped_nbs.experiments.analyses import analyse
+    analyse(runs[0], analysis, out, **asked)
+    file = Path(out or f'{runs[0]}/figures/{analysis}.png')
+    print(f'numbers  {file.with_suffix(".json")}\nfigure   {file}')
+
+# %% ../../nbs/09_tools/03_cli.ipynb #7ab7352f
 def generate_verb(*,
     run: str, # run folder
     texts: tuple[str, ...] = (), # beginnings, sentences or problems; none: lines of --file or standard input
@@ -453,7 +491,7 @@ def _lines(file):
     except (OSError, UnicodeDecodeError) as e:
         raise FieldError('--file', file, f'a text file ({e})') from None
 
-# %% ../../nbs/09_tools/03_cli.ipynb #7ab7352f
+# %% ../../nbs/09_tools/03_cli.ipynb #5c1313be
 def reproduce_verb(*,
     study: str, # see `looped list studies`
     scale: str = 'smoke', # smoke (seconds) or laptop (minutes), where the study has them
@@ -472,7 +510,7 @@ def reproduce_verb(*,
     else: print(f'\n{shown}\n\nnumbers  {folder}/results.json\nfigure   {folder}/results.png')
     return 0
 
-# %% ../../nbs/09_tools/03_cli.ipynb #5c1313be
+# %% ../../nbs/09_tools/03_cli.ipynb #3fe06025
 def bench_verb(*,
     what: Literal['ops', 'tasks', 'train', 'models'], # operators, sampling, a step beside its model, models
     json: bool = False, # print JSON in place of a table
@@ -488,7 +526,7 @@ def doctor_verb(*,
     from looped_nbs.tools.doctor import doctor, report
     print(dumps(doctor()) if json else report(doctor()))
 
-# %% ../../nbs/09_tools/03_cli.ipynb #896b7896
+# %% ../../nbs/09_tools/03_cli.ipynb #63888b92
 VERBS = {'list': list_verb, 'train': train_verb, 'resume': resume_verb, 'evaluate': evaluate_verb,
          'plot': plot_verb, 'generate': generate_verb, 'import': import_verb, 'data': data_verb,
          'reproduce': reproduce_verb, 'bench': bench_verb, 'doctor': doctor_verb}
@@ -511,7 +549,7 @@ def _run(argv):
     if 'argv' in inspect.signature(verb).parameters: return verb(words)
     return call(verb, name, words, _POSITIONAL)
 
-# %% ../../nbs/09_tools/03_cli.ipynb #63888b92
+# %% ../../nbs/09_tools/03_cli.ipynb #895468d7
 def main(
     argv: Sequence[str] | None = None, # words after the program's name; None: those it was called with
 ) -> int: # exit code
@@ -537,7 +575,7 @@ def main(
     print(f'looped{process}: {" ".join(message.split())}', file=sys.stderr)
     return code
 
-# %% ../../nbs/09_tools/03_cli.ipynb #3859c766
+# %% ../../nbs/09_tools/03_cli.ipynb #01c95ff2
 def _end(code):
     "End this process."
     for stream in (sys.stdout, sys.stderr): stream.flush()
