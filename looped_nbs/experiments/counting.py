@@ -89,5 +89,28 @@ _register()
 _SMOKE = {'model.d_model': 32, 'task.max_count': 10, 'task.test_count': 20, 'task.max_total': 30,
           'task.held_out': 20, 'optim.lr': 1e-2, 'optim.warmup_steps': 0, 'train.steps': 60,
           'train.batch_size': 64, 'evaluate.examples': 64, 'evaluate.every': 2}
+_LAPTOP = {'task.max_count': 25, 'task.test_count': 50, 'model.d_model': 64, 'train.steps': 2500,
+           'train.batch_size': 32, 'evaluate.examples': 64}
+_ATTEND = {'model.n_heads': 4, 'optim.lr': 1e-3, 'optim.warmup_steps': 200}
+_HEADLINE = {'lstm': {}, 'mamba': {'optim.lr': 3e-3},
+             'rwkv6': {'model.n_layers': 2, 'model.head_size': 16, 'model.dropout': 0., 'optim.lr': 3e-3},
+             'transformer': _ATTEND, 'transformer_rotary': _ATTEND, 'transformer_sinusoidal_shift': _ATTEND}
+_TOGETHER = ('samesymbol_mod10', 'samesymbol_shiftedstart3', 'selective_10items2')
+_ARCHITECTURES = ('lstm', 'rnn', 's4', 'mamba', 'rwkv6', 'transformer', 'transformer_rotary',
+                  'transformer_sinusoidal_shift', 'transformer_learned_shift', 'transformer_scalar_shift')
+_PASSES = {'lstm': 5, 'rnn': 5, 's4': 5, 'mamba': 50, 'rwkv6': 20}  # over a million lines; others: 10
+
+def _published(model):
+    "The published length of training, and the published width of a transformer."
+    wide = {'model.d_model': 1024} if model.startswith('transformer') else {}
+    return {'train.steps': 31_250 * _PASSES.get(model, 10), 'evaluate.examples': 300} | wide
+
 register_study('counting', 'which architectures count beyond training (Chang & Bisk)',
-               smoke=[(f'counting/samesymbol/{model}', _SMOKE) for model in ('transformer', 'lstm')])
+               smoke=[(f'counting/samesymbol/{model}', _SMOKE) for model in ('transformer', 'lstm')],
+               laptop=[(f'counting/samesymbol_mod10/{model}',
+                        _LAPTOP | fields | {'run.label': model.replace('_', ', ', 1)})
+                       for model, fields in _HEADLINE.items()],
+               desk=[(f'counting/{task}/{model}', {'run.label': model})
+                     for task in ('samesymbol', *_TOGETHER) for model in _ARCHITECTURES],
+               paper=[(f'counting/{task}/{model}', _published(model))
+                      for task in ('samesymbol', *_TOGETHER) for model in _ARCHITECTURES])
