@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from unittest.mock import patch
 
 import torch
 
@@ -22,14 +23,14 @@ from ..evaluation.report import table
 from ..experiments.run import MODELS, TASKS
 from ..layers.attention import attend
 from ..ops.build import fma_rate
-from ..ops.conv import CAUSAL_CONV1D_SILU
+from ..ops.conv import CAUSAL_CONV1D_SILU, causal_conv1d
 from ..ops.delta import DELTA
 from ..ops.elementwise_lstm import ELEMENTWISE_LSTM
 from ..ops.fftconv import CONVOLUTION
 from ..ops.linear_attention import LINEAR_ATTENTION
 from ..ops.operator import Operator, call, choose, named_sizes
 from ..ops.recurrent_delta import RECURRENT_DELTA
-from ..ops.scan import SELECTIVE_SCAN
+from ..ops.scan import SELECTIVE_SCAN, selective_scan
 from ..ops.srwm import SRWM
 from ..ops.wkv import WKV6
 from ..tasks.counting_lines import families
@@ -239,6 +240,26 @@ def _prompt_steps(d_model):
         for block in trainer.model.loop.body.layers if name == 'by definition' else (): _explicit(block.mixer)
         yield f'in context, {d_model} wide {name}'.strip(), _bare(trainer, 1)
 
+def _naive(step):
+    "A step of Mamba with its operators by definition."
+    forms = {f.__name__: functools.partial(f, impl='naive') for f in (causal_conv1d, selective_scan)}
+    def run():
+        with patch.multiple('looped_nbs.layers.mamba', **forms): step()
+    return run
+
+def _count_steps(batch_size, length):
+    "Steps of the counting study's models by name: the LSTM first, operators also by definition."
+    task = TASKS['counting_samesymbol_mod10'](max_count=length, test_count=length + 1, only_longest=True)
+    for name, model, n_layers in (('LSTM', 'lstm', 1), ('S4', 's4', 1), ('S4', 's4', 4), ('S4D', 's4d', 1),
+                                  ('Mamba', 'mamba', 2), ('RWKV-5', 'rwkv5', 4), ('RWKV-6', 'rwkv6', 4)):
+        for how in ('', ' by definition') if model in ('mamba', 'rwkv5', 'rwkv6') else ('',):
+            trainer, _ = _trainer(model, {'d_model': 128, 'n_layers': n_layers}, batch_size, task=task)
+            step = _bare(trainer, 1)
+            if how and model == 'mamba': step = _naive(step)
+            for mixer in trainer.model.modules() if how else ():
+                if hasattr(mixer, 'wkv'): mixer.wkv = functools.partial(mixer.wkv, impl='naive')
+            yield f'{name}, {n_layers} layer{"s" * (n_layers > 1)}{how}', step
+
 def _in_turns(steps, beside, rounds):
     "Time steps in turns, so that a busy machine slows all alike, and compare each with the first."
     times = {name: [] for name in steps}
@@ -256,10 +277,11 @@ def bench_models(
     batch_size: int = 32, # strings in a step of the fast-weight study; twice as many for looped models
     length: int = 50, # symbols of each
     loop_length: int = 81, # symbols of each, for looped models
+    count_length: int = 128, # letters of each, for models of the counting study
     threads: int = 2, # as many as there are, at most
     rounds: int = 7, # timed steps of each model
 ) -> list[dict]: # one row per model
-    "Time training steps of three studies' models, beside a reference of each."
+    "Time training steps of four studies' models, beside a reference of each."
     old = torch.get_num_threads()
     torch.set_num_threads(min(threads, os.cpu_count()))
     try:
@@ -267,6 +289,8 @@ def bench_models(
         rows = _in_turns(study, 'encoder_transformer', rounds)
         looped = dict(_loop_steps(2 * batch_size, loop_length))
         rows += _in_turns(looped, next(iter(looped)), rounds)
+        counting = dict(_count_steps(batch_size, count_length))
+        rows += _in_turns(counting, next(iter(counting)), rounds)
         prompts = (dict(_prompt_steps(d_model)) for d_model in (64, 128))
         return rows + [row for steps in prompts for row in _in_turns(steps, next(iter(steps)), rounds)]
     finally: torch.set_num_threads(old)
