@@ -104,8 +104,8 @@ SOURCES: dict[str, Callable[..., Adapted]] = {
     **{study.__name__.rpartition('.')[2]: _alone(study) for study in (counting, icl, timestep)}}
 
 # %% ../../nbs/08_experiments/05a_imported.ipynb #990a4352
-_TRAINED_ON = {'icl': lambda settings: settings.get('task_name', 'linear_regression'),
-               **dict.fromkeys(('chunked', 'counting'), lambda settings: settings.get('task', ''))}
+_TRAINED_ON = { # setting that names the task, and its default
+    'icl': ('task_name', 'linear_regression'), 'chunked': ('task', ''), 'counting': ('task', '')}
 _WORDS = {'icl': {'n_heads': 'n_head', 'n_loops': 'n_loops', 'loop_window': 'n_loop_window'}}
 
 def default_task(
@@ -113,8 +113,9 @@ def default_task(
     settings: Mapping, # what the network was trained with, in the study's words
 ) -> str: # a registered task, or nothing
     "Name the task that a network was trained on, where its settings tell."
-    name = _TRAINED_ON.get(source, lambda settings: '')(settings)
-    return name and one_of(f'the task of the {source} study', name, TASKS)
+    field, usual = _TRAINED_ON.get(source, ('', ''))
+    name = settings.get(field, usual)
+    return name and one_of(field, name, TASKS)
 
 def _known_fields(source, weights, settings, task):
     "Fields of the task that are known beforehand."
