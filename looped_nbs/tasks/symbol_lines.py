@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core.errors import DataError, FieldError, InputError, installed
+from ..core.errors import DataError, FieldError, installed
 
 # %% ../../nbs/04_tasks/06b_symbol_lines.ipynb #29243f57
 FOLDERS = {'answer': 'decoder', 'chain': 'chain'} # where files lie, by coding
