@@ -8,7 +8,6 @@ __all__ = ['DISTRIBUTIONS', 'METHODS', 'Parameter', 'read_parameter', 'Search', 
 
 # %% ../../nbs/08_experiments/06a_search.ipynb #889c23a7
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from statistics import NormalDist
 
 import looped_nbs
 from ..core.config import Experiment, coerce, read_yaml
-from ..core.errors import FieldError, InputError, at_least, one_of
+from ..core.errors import FieldError, at_least, one_of
 from ..core.streams import numpy_stream
 from .run import Run, build, configure
 from ..training.runs import RunFolder

@@ -176,8 +176,13 @@ def results(
     most: int | None = None, # lines at most; None: all
 ) -> Table: # the best first
     "Lay trials out as one table."
-    shown = [{k: '' if v is None else v for k, v in row.items()} for row in ranked(sweep, rows)[:most]]
-    return table(shown)
+    names = varied(sweep)
+    return table([{k: _shown(v, k in names) for k, v in row.items()} for row in ranked(sweep, rows)[:most]])
+
+def _shown(value, setting):
+    "A cell: nothing for what was not measured, four digits of a setting whatever its size."
+    if value is None: return ''
+    return f'{value:.4g}' if setting and isinstance(value, float) else value
 
 # %% ../../nbs/08_experiments/07_sweep.ipynb #ebaaff1e
 def over_seeds(
@@ -193,7 +198,7 @@ def over_seeds(
     for group in groups.values():
         values = [row[metric] for row in group]
         spread = statistics.stdev(values) if len(values) > 1 else math.nan
-        found.append({'trial': group[0]['trial']} | {n: group[0][n] for n in names}
+        found.append({'trial': group[0]['trial']} | {n: _shown(group[0][n], True) for n in names}
                      | {'seeds': len(values), metric: statistics.mean(values), 'deviation': spread,
                         'lowest': min(values), 'highest': max(values)})
     return ranked(sweep, found)
@@ -366,27 +371,30 @@ class _Watch:
 
     def on_trial_result(self, iteration, trials, trial, result, **info):
         number = trial.config['trial']
-        if 'state' in result: self._end(number, result['state'], result.get('reason', ''), result)
+        if 'state' in result: self._end(trial, result['state'], result.get('reason', ''))
         elif 'step' in result: self.running[number] = result['step']
         self._show()
 
     def on_trial_complete(self, iteration, trials, trial, **info):
         if trial.last_result.get('state') in ('finished', 'failed'): return
         at = trial.last_result.get('step')
-        self._end(trial.config['trial'], 'stopped', f'given up after {at} steps: others were ahead')
+        self._end(trial, 'stopped', f'given up after {at} steps: others were ahead')
 
     def on_trial_error(self, iteration, trials, trial, **info):
-        self._end(trial.config['trial'], 'failed', _reason(trial.get_error() or RuntimeError('the worker died')))
+        self._end(trial, 'failed', _reason(trial.get_error() or RuntimeError('its process died')))
 
-    def _end(self, number, state, reason, result=None):
-        "Keep how a trial ended."
-        kept = {k: v for k, v in self.sweep.trials[number].items() if k != 'reason'} | {'state': state}
-        self.sweep.trials[number] = kept | ({'reason': reason} if reason else {})
-        if state != 'finished': self.sweep.save()
+    def _end(self, trial, state, reason):
+        "Keep how a trial ended, and where it ran."
+        number, last, search = trial.config['trial'], trial.last_result or {}, self.sweep.search
+        where = f'{last.get("node_ip", "")}:{last.get("pid", "")}'
+        ended = {'state': state, 'reason': reason, 'worker': where}
+        self.sweep.trials[number] |= ended
+        self.sweep.save()
         self.running.pop(number, None)
         self.bar.update()
-        value, sign = (result or {}).get(self.sweep.search.metric), 1 if self.sweep.search.goal == 'maximize' else -1
-        if state == 'finished' and (self.top is None or sign * value > sign * self.top[0]): self.top = value, number
+        value, sign = last.get(search.metric), 1 if search.goal == 'maximize' else -1
+        better = state == 'finished' and (self.top is None or sign * value > sign * self.top[0])
+        if better: self.top = value, number
 
     def _show(self):
         "The best so far, and the steps of those that run."
@@ -462,6 +470,7 @@ def run_sweep(
 ) -> list[dict]: # one row a trial
     "Run every trial of a sweep that is not finished; one that fails is noted and the others go on."
     at_least('gpus', gpus, 0), at_least('cores', cores, 0)
+    if cores and address: raise FieldError('cores', cores, 'absent beside an address: the cluster has its own')
     ray, search = find_ray(), sweep.search
     if search.method == 'bayes': installed('optuna', 'method', 'bayes', 'grid or random', 'optuna')
     example = experiment_of(sweep.trials[0]['settings'] if sweep.trials else search.drawn(0))
@@ -492,7 +501,7 @@ def find_wandb_account() -> ModuleType: # the module
     "Import Weights & Biases and make sure that its server can be asked."
     wandb = installed('wandb', 'engine', 'wandb', 'ray', 'looped_nbs[track]')
     offline = os.environ.get('WANDB_MODE', 'online') != 'online'
-    if offline or not wandb.api.api_key:
+    if offline or not wandb.login(prompt=False):
         why = 'is offline (WANDB_MODE)' if offline else 'has no key (wandb login)'
         raise FieldError('engine', 'wandb', f'ray while Weights & Biases {why}: its server hands out the trials')
     return wandb
@@ -503,6 +512,7 @@ def run_with_wandb(
 ) -> None:
     "Be an agent of Weights & Biases: train what its server asks for, as trials of this folder."
     wandb, said = find_wandb_account(), sweep.search.said
+    sweep = Sweep.at(sweep.path, sweep.search, ()) # the server has the list
     where = {k: said.get(k) for k in ('entity', 'project')}
     sent = {k: v for k, v in said.items() if k not in where} | {'program': 'looped'}
     address = address or wandb.sweep(sent, **where)
