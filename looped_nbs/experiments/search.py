@@ -203,6 +203,7 @@ def experiment_of(
     "Turn the settings of a trial into an experiment."
     rest, names = dict(settings), ('preset', 'task', 'model')
     preset, task, model = (None if (n := rest.pop(k, None)) is None else str(n) for k in names)
+    if 'seed' in rest: rest['seed'] = coerce('seed', rest['seed'], int)
     beside = {'run.threads': 1, 'run.progress': False} | {f'run.{k}': v for k, v in run.items()}
     return configure(preset or '', task, model, overrides=beside | rest)
 

@@ -341,7 +341,7 @@ def _reason(error):
 # %% ../../nbs/08_experiments/07_sweep.ipynb #00c565de
 _QUIET = {'RAY_USAGE_STATS_ENABLED': '0', 'RAY_CHDIR_TO_TRIAL_DIR': '0', 'TUNE_DISABLE_AUTO_CALLBACK_LOGGERS': '1',
           'TUNE_DISABLE_STRICT_METRIC_CHECKING': '1', 'TUNE_GLOBAL_CHECKPOINT_S': '1000000000',
-          'RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO': '0', 'RAY_worker_niceness': '0', 'RAY_AIR_NEW_OUTPUT': '0', 'TUNE_WARN_THRESHOLD_S': '60'}
+          'RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO': '0', 'RAY_worker_niceness': '0', 'RAY_AIR_NEW_OUTPUT': '0', 'RAY_BACKEND_LOG_LEVEL': 'error'}
 
 def find_ray() -> ModuleType: # the module
     "Import Ray with Tune, or say how to install it."
@@ -371,21 +371,21 @@ class _Watch:
 
     def on_trial_result(self, iteration, trials, trial, result, **info):
         number = trial.config['trial']
-        if 'state' in result: self._end(trial, result['state'], result.get('reason', ''))
+        if 'state' in result: self._end(trial, result['state'], result.get('reason', ''), result)
         elif 'step' in result: self.running[number] = result['step']
         self._show()
 
     def on_trial_complete(self, iteration, trials, trial, **info):
-        if trial.last_result.get('state') in ('finished', 'failed'): return
-        at = trial.last_result.get('step')
-        self._end(trial, 'stopped', f'given up after {at} steps: others were ahead')
+        if (trial.last_result or {}).get('state') in ('finished', 'failed'): return
+        at = (trial.last_result or {}).get('step', 0)
+        self._end(trial, 'stopped', f'given up after {at} steps: others were ahead', trial.last_result)
 
     def on_trial_error(self, iteration, trials, trial, **info):
-        self._end(trial, 'failed', _reason(trial.get_error() or RuntimeError('its process died')))
+        self._end(trial, 'failed', _reason(trial.get_error() or RuntimeError('its process died')), {})
 
-    def _end(self, trial, state, reason):
+    def _end(self, trial, state, reason, last):
         "Keep how a trial ended, and where it ran."
-        number, last, search = trial.config['trial'], trial.last_result or {}, self.sweep.search
+        number, search = trial.config['trial'], self.sweep.search
         where = f'{last.get("node_ip", "")}:{last.get("pid", "")}'
         ended = {'state': state, 'reason': reason, 'worker': where}
         self.sweep.trials[number] |= ended
