@@ -63,7 +63,8 @@ def test_bad_file(here, name):
     assert words in answer.err and tree(here) == ['file.yaml']
 
 
-@pytest.mark.parametrize('words', [('nowhere.yaml',), ('chunked/parity_check/staircase',), ('.',), ()], ids=str)
+@pytest.mark.parametrize('words', [('nowhere.yaml',), ('chunked/parity_check/staircase',), ('.',), ()],
+                         ids=str)
 def test_bad_name(here, words):
     answer = call('sweep', *words)
     assert (answer.code, answer.out, answer.err.count('\n')) == (2, '', 1), answer.err
@@ -176,7 +177,7 @@ def finished(folder): return {p: p.stat().st_mtime_ns for p in folder.glob('tria
 def test_killed_driver(here):
     "Killed with -9 half-way, then the same command: nothing finished runs again, a failure is only noted."
     pytest.importorskip('ray', reason="needs the extra: pip install 'looped_nbs[sweep]'")
-    fields = {'train__steps': {'value': 200}, 'optim__lr': {'values': [.01, 1e38, .02, .03]}}
+    fields = {'train__steps': {'value': 200}, 'optim__lr': {'values': [.01, 1e30, .02, .03]}}
     words = ('sweep', write(here, GRID | space(**fields)), '--out', 'out', '--cores', 1)
     driver = start(*words)
     limit = time.monotonic() + 100
