@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import socket
 import statistics
 import time
 import traceback
@@ -341,7 +342,7 @@ def _reason(error):
 # %% ../../nbs/08_experiments/07_sweep.ipynb #00c565de
 _QUIET = {'RAY_USAGE_STATS_ENABLED': '0', 'RAY_CHDIR_TO_TRIAL_DIR': '0', 'TUNE_DISABLE_AUTO_CALLBACK_LOGGERS': '1',
           'TUNE_DISABLE_STRICT_METRIC_CHECKING': '1', 'TUNE_GLOBAL_CHECKPOINT_S': '1000000000',
-          'RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO': '0', 'RAY_worker_niceness': '0', 'RAY_AIR_NEW_OUTPUT': '0', 'RAY_BACKEND_LOG_LEVEL': 'error'}
+          'RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO': '0', 'RAY_worker_niceness': '0', 'RAY_AIR_NEW_OUTPUT': '0'}
 
 def find_ray() -> ModuleType: # the module
     "Import Ray with Tune, or say how to install it."
@@ -349,8 +350,16 @@ def find_ray() -> ModuleType: # the module
     installed('ray.tune', 'engine', 'ray', '', 'looped_nbs[sweep]')
     return installed('ray', 'engine', 'ray', '', 'looped_nbs[sweep]')
 
+def _check_address(address):
+    "Refuse an address at which nobody listens, before Ray tries for a minute."
+    host, _, port = address.removeprefix('ray://').rpartition(':')
+    try: socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, ValueError) as e:
+        raise FieldError('address', address, f'host:port of a running Ray ({_reason(e)})') from None
+
 def _connect(ray, address, cores):
     "Start Ray here, or join the one at an address."
+    if address: _check_address(address)
     quiet = {'include_dashboard': False, 'object_store_memory': 10 ** 8, 'num_cpus': cores or None}
     try: ray.init(address=address or 'local', log_to_driver=False, logging_level='ERROR', **({} if address else quiet))
     except (ConnectionError, ValueError, RuntimeError) as e:
@@ -461,6 +470,16 @@ def _release(sweep, seconds=60):
             else: break
         run.unlock()
 
+def _run_missing(sweep, run, resources, new, progress):
+    "Run the trials that are missing, then as many new ones as a searcher may suggest."
+    from ray import tune
+    config = {'sweep': str(sweep.path.resolve()), 'cwd': str(Path.cwd()), 'run': run}
+    missing = sweep.missing()
+    total, done = len(sweep.trials) + new, len(sweep.trials) - len(missing)
+    with tqdm(total=total, initial=done, unit='trial', disable=not progress) as bar:
+        if missing: _tune(sweep, bar, config | {'trial': tune.grid_search(missing)}, resources)
+        if new > 0: _tune(sweep, bar, {}, resources, _suggestions(sweep, config), new)
+
 def run_sweep(
     sweep: Sweep, # what open_sweep or best_again found
     address: str = '', # of a running Ray, such as 10.0.0.1:6379; empty: the cores of this machine
@@ -471,7 +490,10 @@ def run_sweep(
     "Run every trial of a sweep that is not finished; one that fails is noted and the others go on."
     at_least('gpus', gpus, 0), at_least('cores', cores, 0)
     if cores and address: raise FieldError('cores', cores, 'absent beside an address: the cluster has its own')
-    ray, search = find_ray(), sweep.search
+    search = sweep.search
+    new = search.cap - len(sweep.trials) if search.method == 'bayes' else 0
+    if not sweep.missing() and new <= 0: return write_results(sweep)
+    ray = find_ray()
     if search.method == 'bayes': installed('optuna', 'method', 'bayes', 'grid or random', 'optuna')
     example = experiment_of(sweep.trials[0]['settings'] if sweep.trials else search.drawn(0))
     resources = {'cpu': max(1, example.run.threads), 'gpu': gpus}
@@ -483,14 +505,7 @@ def run_sweep(
         lock.lock()
         sweep.save()
         _release(sweep)
-        config = {'sweep': str(sweep.path.resolve()), 'cwd': str(Path.cwd()),
-                  'run': {'device': 'auto' if gpus else 'cpu'}}
-        missing, new = sweep.missing(), (search.cap or 0) - len(sweep.trials) if search.method == 'bayes' else 0
-        total = len(sweep.trials) + new
-        with tqdm(total=total, initial=len(sweep.trials) - len(missing), unit='trial', disable=not progress) as bar:
-            from ray import tune
-            if missing: _tune(sweep, bar, config | {'trial': tune.grid_search(missing)}, resources)
-            if new > 0: _tune(sweep, bar, {}, resources, _suggestions(sweep, config), new)
+        _run_missing(sweep, {'device': 'auto' if gpus else 'cpu'}, resources, new, progress)
     finally: ray.shutdown()
     found = write_results(sweep)
     lock.unlock()
