@@ -192,7 +192,8 @@ def _early(said):
                for k, v in said.items() if k != 'type'}
     eta = at_least('early_terminate.eta', numbers.get('eta', 3), 2)
     if 'min_iter' in numbers: return {'first': numbers['min_iter'], 'eta': eta}
-    if 'max_iter' not in numbers: raise FieldError('early_terminate', dict(said), 'one with min_iter or max_iter')
+    if 'max_iter' not in numbers:
+        raise FieldError('early_terminate', dict(said), 'one with min_iter or max_iter')
     return {'first': max(1, numbers['max_iter'] // eta ** numbers.get('s', 1)), 'eta': eta}
 
 # %% ../../nbs/08_experiments/06a_search.ipynb #efb028b0
@@ -213,7 +214,8 @@ def check_search(
 ) -> Search: # with the metric and its goal filled in
     "Check the fields of every trial, and metric and network of the first; the first complaint is raised."
     experiments = [experiment_of(settings) for settings in trials]
-    if not experiments: raise FieldError('parameters', search.said['parameters'], 'a search space with a trial')
+    if not experiments:
+        raise FieldError('parameters', search.said['parameters'], 'a search space with a trial')
     task = build(experiments[0])[0]
     search.metric = search.metric or 'beyond'
     search.goal = search.goal or {'higher': 'maximize', 'lower': 'minimize'}[task.objective.better]

@@ -242,7 +242,8 @@ def _column(values):
     "Values of one type, or their text."
     plain = [v for v in values if v is not None]
     if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in plain):
-        return values if all(isinstance(v, int) for v in plain) else [None if v is None else float(v) for v in values]
+        if all(isinstance(v, int) for v in plain): return values
+        return [None if v is None else float(v) for v in values]
     return [v if v is None or isinstance(v, str) else json.dumps(v) for v in values]
 
 def write_results(
@@ -288,7 +289,8 @@ def best_again(
     for row in done:
         settings = {k: v for k, v in sweep.trials[row['trial']]['settings'].items() if k != 'seed'}
         chosen.setdefault(json.dumps(settings), settings)
-    if best > len(chosen): raise FieldError('best', best, f'at most {len(chosen)}: so many settings are finished')
+    if best > len(chosen):
+        raise FieldError('best', best, f'at most {len(chosen)}: so many settings are finished')
     first = 1 + max(experiment_of(t['settings']).seed for t in sweep.trials)
     trials = [s | {'seed': first + k} for s in list(chosen.values())[:best] for k in range(seeds)]
     said = {k: v for k, v in sweep.search.said.items() if k not in ('early_terminate', 'run_cap')}
@@ -340,9 +342,10 @@ def _reason(error):
     return text if isinstance(error, InputError) else f'{type(error).__name__}: {text}'
 
 # %% ../../nbs/08_experiments/07_sweep.ipynb #00c565de
-_QUIET = {'RAY_USAGE_STATS_ENABLED': '0', 'RAY_CHDIR_TO_TRIAL_DIR': '0', 'TUNE_DISABLE_AUTO_CALLBACK_LOGGERS': '1',
-          'TUNE_DISABLE_STRICT_METRIC_CHECKING': '1', 'TUNE_GLOBAL_CHECKPOINT_S': '1000000000',
-          'RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO': '0', 'RAY_worker_niceness': '0', 'RAY_AIR_NEW_OUTPUT': '0'}
+_QUIET = {'RAY_USAGE_STATS_ENABLED': '0', 'RAY_CHDIR_TO_TRIAL_DIR': '0', 'RAY_AIR_NEW_OUTPUT': '0',
+          'TUNE_DISABLE_AUTO_CALLBACK_LOGGERS': '1', 'TUNE_DISABLE_STRICT_METRIC_CHECKING': '1',
+          'TUNE_GLOBAL_CHECKPOINT_S': '1000000000', 'RAY_worker_niceness': '0',
+          'RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO': '0'}
 
 def find_ray() -> ModuleType: # the module
     "Import Ray with Tune, or say how to install it."
@@ -360,8 +363,9 @@ def _check_address(address):
 def _connect(ray, address, cores):
     "Start Ray here, or join the one at an address."
     if address: _check_address(address)
-    quiet = {'include_dashboard': False, 'object_store_memory': 10 ** 8, 'num_cpus': cores or None}
-    try: ray.init(address=address or 'local', log_to_driver=False, logging_level='ERROR', **({} if address else quiet))
+    own = {'include_dashboard': False, 'object_store_memory': 10 ** 8, 'num_cpus': cores or None}
+    quiet = {'log_to_driver': False, 'logging_level': 'ERROR'}
+    try: ray.init(address=address or 'local', **quiet, **({} if address else own))
     except (ConnectionError, ValueError, RuntimeError) as e:
         if not address: raise
         raise FieldError('address', address, f'that of a running Ray ({_reason(e)})') from None
@@ -370,8 +374,8 @@ def _check_resources(ray, cpus, gpus):
     "Refuse what the cluster will never have, rather than wait for it."
     have = ray.cluster_resources()
     for name, field, wanted in (('GPU', 'gpus', gpus), ('CPU', 'run.threads', cpus)):
-        largest = have.get(name, 0)
-        if wanted > largest: raise FieldError(field, wanted, f'at most {largest:g}: Ray found {largest:g} {name}s')
+        most = have.get(name, 0)
+        if wanted > most: raise FieldError(field, wanted, f'at most {most:g}: Ray found {most:g} {name}s')
 
 # %% ../../nbs/08_experiments/07_sweep.ipynb #675e86bf
 class _Watch:
@@ -424,7 +428,8 @@ def _tune(sweep, bar, config, resources, searcher=None, samples=1):
     shutil.rmtree(sweep.path/'.ray', ignore_errors=True)
     tuner = tune.Tuner(
         tune.with_resources(_work, resources), param_space=config,
-        tune_config=tune.TuneConfig(search_alg=searcher, scheduler=scheduler, num_samples=samples, reuse_actors=True),
+        tune_config=tune.TuneConfig(search_alg=searcher, scheduler=scheduler, num_samples=samples,
+                                    reuse_actors=True),
         run_config=tune.RunConfig(name='tune', storage_path=str(sweep.path.resolve()/'.ray'), verbose=0,
                                   callbacks=[watch]))
     tuner.fit()
@@ -489,7 +494,8 @@ def run_sweep(
 ) -> list[dict]: # one row a trial
     "Run every trial of a sweep that is not finished; one that fails is noted and the others go on."
     at_least('gpus', gpus, 0), at_least('cores', cores, 0)
-    if cores and address: raise FieldError('cores', cores, 'absent beside an address: the cluster has its own')
+    if cores and address:
+        raise FieldError('cores', cores, 'absent beside an address: the cluster has its own')
     search = sweep.search
     new = search.cap - len(sweep.trials) if search.method == 'bayes' else 0
     if not sweep.missing() and new <= 0: return write_results(sweep)
@@ -518,7 +524,8 @@ def find_wandb_account() -> ModuleType: # the module
     offline = os.environ.get('WANDB_MODE', 'online') != 'online'
     if offline or not wandb.login(prompt=False):
         why = 'is offline (WANDB_MODE)' if offline else 'has no key (wandb login)'
-        raise FieldError('engine', 'wandb', f'ray while Weights & Biases {why}: its server hands out the trials')
+        allowed = f'ray while Weights & Biases {why}: its server hands out the trials'
+        raise FieldError('engine', 'wandb', allowed)
     return wandb
 
 def run_with_wandb(

@@ -476,7 +476,7 @@ def reproduce_verb(*,
 
 # %% ../../nbs/09_tools/03_cli.ipynb #5c1313be
 def sweep_verb(*,
-    sweep: str, # a sweep file (YAML), the name of one from `looped list sweeps`, or the folder of a sweep to go on with
+    sweep: str, # a sweep file (YAML), the name of one from `looped list sweeps`, or the folder of a sweep
     out: str = '', # folder of all trials; empty: runs/sweep-<name>
     engine: Literal['ray', 'wandb'] = 'ray', # who hands out trials: Ray Tune, or agents of Weights & Biases
     address: str = '', # of a running Ray, or of a W&B sweep to join; empty: start one here
@@ -495,10 +495,13 @@ def sweep_verb(*,
         return 0
     rows = sweeps.run_sweep(opened, address, cores, gpus)
     print(dumps(rows) if json else sweeps.report(opened, rows))
-    failed, missing = (sum(r['state'] in states for r in rows) for states in (['failed'], ['waiting', 'begun']))
-    if failed: print(f'looped: {failed} of {len(rows)} trials failed; the same command tries them again', file=sys.stderr)
-    if missing: print(f'looped: {missing} of {len(rows)} trials are missing; the same command goes on', file=sys.stderr)
-    return int(bool(failed or missing))
+    states = [r['state'] for r in rows]
+    failed = states.count('failed')
+    missing = len(states) - failed - states.count('finished') - states.count('stopped')
+    for count, what in ((failed, 'failed'), (missing, 'are missing')):
+        again = f'looped: {count} of {len(rows)} trials {what}; the same command tries again'
+        if count: print(again, file=sys.stderr)
+    return int(failed + missing > 0)
 
 # %% ../../nbs/09_tools/03_cli.ipynb #3fe06025
 def bench_verb(*,
