@@ -80,7 +80,7 @@ from ..training.callbacks import Checkpoints, MetricLog, Progress, WandbLog, fin
 from ..training.compute import CHOSEN
 from ..training.curriculum import Ramp
 from ..training.devices import pick_device, pick_threads, place
-from ..training.loop import Trainer, fit
+from ..training.loop import Callback, Trainer, fit
 from ..training.runs import RunFolder, write_text, writing
 
 # %% ../../nbs/08_experiments/05_run.ipynb #09e05365
@@ -292,6 +292,7 @@ def free_path(
 
 def train(
     experiment: Experiment, # what to run
+    callbacks: Iterable[Callback] = (), # what else happens beside training, in the first process
 ) -> Run | None: # the finished run; None if it was interrupted, and in all processes but the first
     "Train and evaluate an experiment in a new run folder."
     task, model = build(experiment)
@@ -299,10 +300,11 @@ def train(
     trainer, path = Trainer(model, task, experiment), experiment.run.out or free_path(experiment)
     folder = RunFolder.create(experiment, path) if trainer.first else RunFolder(path)
     if trainer.first and task.fingerprint: write_text(folder.path/'data.json', json.dumps(task.fingerprint))
-    return _go(trainer, folder)
+    return _go(trainer, folder, callbacks)
 
 def resume(
     path: str, # a run folder
+    callbacks: Iterable[Callback] = (), # what else happens beside training, in the first process
 ) -> Run | None: # the finished run; None if it was interrupted, and in all processes but the first
     "Go on where the newest checkpoint is, with the threads and processes the run began with; then evaluate."
     folder, experiment, task, model = load(path)
@@ -315,7 +317,7 @@ def resume(
     CHOSEN.update(began.get('products', {}))
     trainer = Trainer(model, task, experiment)
     if trainer.first: folder.lock()
-    return _go(trainer, folder)
+    return _go(trainer, folder, callbacks)
 
 def load(
     path: str, # a run folder
@@ -354,12 +356,13 @@ def _callbacks(exp, folder, first):
     if exp.run.progress: callbacks.append(Progress(f'{exp.task.name}, {label(exp)}'))
     return [*callbacks, Checkpoints(folder)]
 
-def _go(trainer, folder):
+def _go(trainer, folder, more=()):
     "Train to the end, evaluate and save."
     exp, task, model = trainer.experiment, trainer.task, trainer.model
     restore(trainer, folder)
     try:
-        if not fit(trainer, _callbacks(exp, folder, trainer.first)) or not trainer.first: return None
+        callbacks = [*_callbacks(exp, folder, trainer.first), *(more if trainer.first else ())]
+        if not fit(trainer, callbacks) or not trainer.first: return None
         if exp.evaluate.select == 'best': folder.load_checkpoint(model, name='best')
         spent = {'steps': trainer.step, 'seconds': round(trainer.seconds, 1)}
         learnt = {'curve': _curve(folder.metrics(), task.objective.score)}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VERBS', 'read_flags', 'options_of', 'check_flags', 'read_experiment', 'train_verb', 'evaluate_verb', 'import_verb',
            'data_verb', 'call', 'list_verb', 'resume_verb', 'plot_verb', 'generate_verb', 'reproduce_verb',
-           'bench_verb', 'doctor_verb', 'usage', 'main']
+           'sweep_verb', 'bench_verb', 'doctor_verb', 'usage', 'main']
 
 # %% ../../nbs/09_tools/03_cli.ipynb #42c89812
 import contextlib
@@ -369,17 +369,18 @@ def _one_line(text):
     return re.sub(r'\s+|-{4,}', ' ', message).split(' For full helptext')[0].strip()
 
 # %% ../../nbs/09_tools/03_cli.ipynb #ab4b90cc
-_LISTED = ('all', 'models', 'mixers', 'positions', 'tasks', 'codings', 'presets', 'studies')
+_LISTED = ('all', 'models', 'mixers', 'positions', 'tasks', 'codings', 'presets', 'studies', 'sweeps')
 
 def list_verb(*,
     what: Literal[_LISTED] = 'all', # which of the registries
     json: bool = False, # print JSON
     plugin: tuple[str, ...] = (), # Python files to load first
 ) -> None:
-    "List models, mixers, positions, tasks, codings, presets and studies, one line each."
+    "List models, mixers, positions, tasks, codings, presets, studies and sweeps, one line each."
     from looped_nbs.core.config import PRESETS, STUDIES
     from looped_nbs.core.registry import describe, load_plugin
     from looped_nbs.experiments import run
+    from looped_nbs.experiments.search import shipped
     from looped_nbs.layers.mixer import MIXERS
     from looped_nbs.layers.positions import POSITIONS
     from looped_nbs.tasks.codings import CODINGS
@@ -388,6 +389,7 @@ def list_verb(*,
                ('positions', POSITIONS), ('tasks', run.TASKS), ('codings', CODINGS))}
     entries['presets'] = {k: v['description'] for k, v in sorted(PRESETS.items())}
     entries['studies'] = {k: f'{v["description"]} ({", ".join(v["scales"])})' for k, v in STUDIES.items()}
+    entries['sweeps'] = shipped()
     chosen = {k: v for k, v in entries.items() if what in ('all', k)}
     if json: return print(dumps(chosen, indent=1))
     if 'presets' in chosen: chosen['presets'] = _folded(chosen['presets'])
@@ -511,6 +513,35 @@ def reproduce_verb(*,
     return 0
 
 # %% ../../nbs/09_tools/03_cli.ipynb #3fe06025
+def sweep_verb(*,
+    sweep: str, # a sweep file (YAML), the name of one from `looped list sweeps`, or the folder of a sweep
+    out: str = '', # folder of all trials; empty: runs/sweep-<name>
+    engine: Literal['ray', 'wandb'] = 'ray', # who hands out trials: Ray Tune, or agents of Weights & Biases
+    address: str = '', # of a running Ray, or of a W&B sweep to join; empty: start one here
+    cores: int = 0, # of this machine that work on trials; 0: all
+    gpus: float = 0., # GPUs of a trial, such as 0.25; 0: trials run on CPUs
+    best: int = 0, # run so many of the best settings of a finished sweep again; 0: run the sweep
+    seeds: int = 5, # new seeds of each of the best
+    json: bool = False, # print JSON in place of a table
+) -> int: # exit code
+    "Search over settings; stop it at any time, and give the same command to go on."
+    from looped_nbs.experiments import sweep as sweeps
+    opened = sweeps.open_sweep(sweep, out)
+    if best: opened = sweeps.best_again(opened, best, seeds)
+    if engine == 'wandb':
+        sweeps.run_with_wandb(opened, address)
+        return 0
+    rows = sweeps.run_sweep(opened, address, cores, gpus)
+    print(dumps(rows) if json else sweeps.report(opened, rows))
+    states = [r['state'] for r in rows]
+    failed = states.count('failed')
+    missing = len(states) - failed - states.count('finished') - states.count('stopped')
+    for count, what in ((failed, 'failed'), (missing, 'are missing')):
+        again = f'looped: {count} of {len(rows)} trials {what}; the same command tries again'
+        if count: print(again, file=sys.stderr)
+    return int(failed + missing > 0)
+
+# %% ../../nbs/09_tools/03_cli.ipynb #896b7896
 def bench_verb(*,
     what: Literal['ops', 'tasks', 'train', 'models'], # operators, sampling, a step beside its model, models
     json: bool = False, # print JSON in place of a table
@@ -526,11 +557,11 @@ def doctor_verb(*,
     from looped_nbs.tools.doctor import doctor, report
     print(dumps(doctor()) if json else report(doctor()))
 
-# %% ../../nbs/09_tools/03_cli.ipynb #63888b92
+# %% ../../nbs/09_tools/03_cli.ipynb #895468d7
 VERBS = {'list': list_verb, 'train': train_verb, 'resume': resume_verb, 'evaluate': evaluate_verb,
          'plot': plot_verb, 'generate': generate_verb, 'import': import_verb, 'data': data_verb,
-         'reproduce': reproduce_verb, 'bench': bench_verb, 'doctor': doctor_verb}
-_POSITIONAL = ('what', 'run', 'runs', 'study', 'texts')  # arguments that come without a flag
+         'reproduce': reproduce_verb, 'sweep': sweep_verb, 'bench': bench_verb, 'doctor': doctor_verb}
+_POSITIONAL = ('what', 'run', 'runs', 'study', 'sweep', 'texts')  # arguments that come without a flag
 
 def usage() -> str: # several lines
     "The help text of the program."
@@ -549,7 +580,7 @@ def _run(argv):
     if 'argv' in inspect.signature(verb).parameters: return verb(words)
     return call(verb, name, words, _POSITIONAL)
 
-# %% ../../nbs/09_tools/03_cli.ipynb #895468d7
+# %% ../../nbs/09_tools/03_cli.ipynb #3859c766
 def main(
     argv: Sequence[str] | None = None, # words after the program's name; None: those it was called with
 ) -> int: # exit code
@@ -575,7 +606,7 @@ def main(
     print(f'looped{process}: {" ".join(message.split())}', file=sys.stderr)
     return code
 
-# %% ../../nbs/09_tools/03_cli.ipynb #01c95ff2
+# %% ../../nbs/09_tools/03_cli.ipynb #11e4bd08
 def _end(code):
     "End this process."
     for stream in (sys.stdout, sys.stderr): stream.flush()
