@@ -97,8 +97,7 @@ _LAPTOP = {'optim.lr': 3e-3, 'optim.schedule': 'linear', 'optim.warmup_steps': 1
 _ROUNDS = {'model.n_loops': 8, 'model.loop_window': 4}
 _CELLS = {'8 blocks': ('transformer', {'model.n_layers': 8}), 'looped': ('looped_transformer', _ROUNDS),
           'looped, dilation 2': ('looped_transformer', _ROUNDS | {'model.loop_dilation': 2}),
-          '1 block': ('transformer', {'model.n_layers': 1}),
-          '8 blocks, rate 0.001': ('transformer', {'model.n_layers': 8, 'optim.lr': 1e-3})}
+          '1 block': ('transformer', {'model.n_layers': 1})}
 _PAPER = [f'{task}/published_{name}' for task in (*CLASSES, 'tables') for name in ('transformer', 'looped')]
 _PAPER += [f'linear_regression/dilated_{step}' for step in range(1, 5)]
 register_study('icl', 'a looped block that learns in context (Yang et al.)',
