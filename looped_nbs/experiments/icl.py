@@ -55,7 +55,8 @@ def _publish(task, name, described, model, ramps, steps):
 
 def _tables():
     "Enter the published configuration of tables: always 41 points, only loops grow."
-    task, protocol = {'name': 'tables', 'n_points': 41, 'test_points': 45}, {'steps': 100_000, 'batch_size': 40}
+    task = {'name': 'tables', 'n_points': 41, 'test_points': 45}
+    protocol = {'steps': 100_000, 'batch_size': 40}
     for name, (model, ramps) in (('transformer', _plain(256, 12)), ('looped', _looped(256, 15, 30))):
         register_preset(f'icl/tables/published_{name}', f'real tables, one held out, as published; {name}',
                         task=task, model=model, optim=_ADAM,

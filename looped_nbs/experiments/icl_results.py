@@ -29,7 +29,7 @@ def last_point(
     prompts: int = 1280, # fresh ones, as long as those of training
     seed: int = 0, # of the prompts
 ) -> list[dict]: # rows: loops, beyond, squared_error, chance (1, that of guessing 0)
-    "Measure the error at the last point of a prompt after many numbers of loops, in one pass through the loop."
+    "Measure the error at the last point of a prompt after many numbers of loops, in one pass."
     wanted, rows = {at_least('loops', n, 1) for n in loops}, []
     batch = task.sample('val', seed, ('last point',), at_least('prompts', prompts, 1))
     unit = task.variance(task.splits['val'].difficulty['dims'])
