@@ -18,15 +18,19 @@ _MODELS = {
 }
 CLASSES = {  # functions: window, loops, first and last number of points and their growth, fields of the task
     'linear_regression': (15, 30, (11, 41, 2), {}),
+    'noisy_linear_regression': (15, 30, (11, 41, 2), {}),
+    'sparse_linear_regression': (10, 20, (11, 41, 2), {'sparsity': 3}),
+    'decision_tree': (15, 70, (26, 101, 5), {}),
+    'relu_2nn_regression': (5, 12, (26, 101, 5), {}),
 }
 _ADAM = {'name': 'adam', 'lr': 1e-4, 'clip_norm': 0.}
 
-def _small():
-    "Enter the small presets."
+def _small(task, described, **fields):
+    "Enter the small presets of one task."
     for name, model in (('', _MODELS['looped_transformer']), *((f'/{n}', m) for n, m in _MODELS.items())):
-        described = f'linear functions in context; {name.strip("/") or "looped_transformer"}'
-        register_preset(f'icl/linear_regression{name}', described, task={'name': 'linear_regression'},
-                        model=model, optim=_ADAM, train={'steps': 20_000, 'batch_size': 64})
+        register_preset(f'icl/{task}{name}', f'{described}; {name.strip("/") or "looped_transformer"}',
+                        task={'name': task, **fields}, model=model, optim=_ADAM,
+                        train={'steps': 20_000, 'batch_size': 64})
 
 def _looped(width, window, loops, start=None, name='looped_transformer', **fields):
     "A published loop and its ramp."
@@ -35,22 +39,42 @@ def _looped(width, window, loops, start=None, name='looped_transformer', **field
 
 def _plain(width, layers): return _BODY | {'d_model': width, 'name': 'transformer', 'n_layers': layers}, ()
 
+# %% ../../nbs/08_experiments/03_icl.ipynb #10b0ff30
+_BEYOND = 10 # points that a test goes beyond training
+
 def _publish(task, name, described, model, ramps, steps):
     "Enter one published configuration, with its curriculum."
     _, _, (first, last, growth), fields = CLASSES[task]
     ramps = ('task.dims:5:20:1:5000', f'task.points:{first}:{last}:{growth}:5000', *ramps)
-    window = {'n_dims': 20, 'n_points': last, 'test_points': last + 10}
+    window = {'n_dims': 20, 'n_points': last, 'test_points': last + _BEYOND}
+    rows = max(model['max_len'], 2 * (last + _BEYOND) + 1)
     register_preset(f'icl/{task}/{name}', f'{task.replace("_", " ")} as published; {described}',
-                    task={'name': task, **window, **fields}, model=model, optim=_ADAM,
+                    task={'name': task, **window, **fields}, model=model | {'max_len': rows}, optim=_ADAM,
                     train={'steps': steps, 'batch_size': 64, 'ramps': ramps, 'log_every': 100,
                            'checkpoint_every': 1000})
 
+def _tables():
+    "Enter the published configuration of tables: always 41 points, only loops grow."
+    task = {'name': 'tables', 'n_points': 41, 'test_points': 45}
+    protocol = {'steps': 100_000, 'batch_size': 40}
+    for name, (model, ramps) in (('transformer', _plain(256, 12)), ('looped', _looped(256, 15, 30))):
+        register_preset(f'icl/tables/published_{name}', f'real tables, one held out, as published; {name}',
+                        task=task, model=model, optim=_ADAM,
+                        train=protocol | {'ramps': ramps, 'log_every': 100, 'checkpoint_every': 1000})
+
+# %% ../../nbs/08_experiments/03_icl.ipynb #7c7ea28a
 def _register():
     "Enter the presets of the study."
-    _small()
-    for task, (window, loops, _, _) in CLASSES.items():
+    for task, (window, loops, _, fields) in CLASSES.items():
+        _small(task, f'{task.replace("_", " ")} in context', **fields)
         _publish(task, 'published_transformer', '12 layers', *_plain(256, 12), 500_000)
         _publish(task, 'published_looped', f'{loops} loops', *_looped(256, window, loops), 500_000)
+    _small('tables', 'rows of a table that training never saw')
+    _tables()
+    _follow_up()
+
+def _follow_up():
+    "Enter what the study's figures and its follow-up have for linear functions."
     task, note = 'linear_regression', 'the follow-up, '
     _publish(task, 'figures_looped', '20 loops', *_looped(256, 15, 20), 500_000)
     _publish(task, 'configured_looped', '350 loops', *_looped(256, 20, 350), 500_000)
@@ -64,10 +88,23 @@ def _register():
 
 _register()
 
-# %% ../../nbs/08_experiments/03_icl.ipynb #78e90752
+# %% ../../nbs/08_experiments/03_icl.ipynb #845553a5
 _SMOKE = {'task.n_dims': 1, 'task.n_points': 5, 'task.test_points': 8, 'optim.lr': 2e-3, 'train.steps': 60,
           'evaluate.examples': 256, 'model.d_model': 32, 'model.n_heads': 4}
 _LOOPS = {'model.n_loops': 4, 'model.loop_window': 2}
+_LAPTOP = {'optim.lr': 3e-3, 'optim.schedule': 'linear', 'optim.warmup_steps': 100, 'optim.clip_norm': 1.,
+           'train.steps': 4000, 'train.ramps': ('task.dims:1:5:1:500', 'task.points:3:11:2:500'),
+           'evaluate.examples': 1280}
+_ROUNDS = {'model.n_loops': 8, 'model.loop_window': 4}
+_CELLS = {'8 blocks': ('transformer', {'model.n_layers': 8}), 'looped': ('looped_transformer', _ROUNDS),
+          'looped, dilation 2': ('looped_transformer', _ROUNDS | {'model.loop_dilation': 2}),
+          '1 block': ('transformer', {'model.n_layers': 1})}
+_PAPER = [f'{task}/published_{name}' for task in (*CLASSES, 'tables') for name in ('transformer', 'looped')]
+_PAPER += [f'linear_regression/dilated_{step}' for step in range(1, 5)]
 register_study('icl', 'a looped block that learns in context (Yang et al.)',
                smoke=[('icl/linear_regression/transformer', _SMOKE | {'model.n_layers': 2}),
-                      ('icl/linear_regression/looped_transformer', _SMOKE | _LOOPS)])
+                      ('icl/linear_regression/looped_transformer', _SMOKE | _LOOPS)],
+               laptop=[(f'icl/linear_regression/{model}', _LAPTOP | fields | {'run.label': label})
+                       for label, (model, fields) in _CELLS.items()],
+               desk=[(f'icl/{task}/{model}', {}) for task in (*CLASSES, 'tables') for model in _MODELS],
+               paper=[(f'icl/{name}', {}) for name in _PAPER])

@@ -66,6 +66,7 @@ def probe_run(
     target: str = 'least_squares', # gradient or least_squares
     steps: int = 10_000, # steps of Adam
     batch_size: int = 1280, # prompts of a step
+    lr: float = 1e-3, # learning rate
     n_loops: int | None = None, # other number of loops than in training
     control: bool = False, # train on prompts of one function, and measure on ordinary ones?
     seed: int = 0, # of prompts and probes
@@ -83,5 +84,6 @@ def probe_run(
     places = ['embedding', f'*.layer.{len(model.loop.body.layers) - 1}.h']
     if model.loop.n_loops == 1 and n_loops in (None, 1): places = ['embedding', '*.layer.*.h']
     wanted = TARGETS[target]
-    probes = fit_probes(model, batches, places, wanted, steps, n_loops=n_loops, seed=seed, progress=progress)
+    probes = fit_probes(model, batches, places, wanted, steps, lr, n_loops=n_loops, seed=seed,
+                        progress=progress)
     return probe_rows(probes, model, prompts('val', max(1, 4096 // batch_size)), wanted, n_loops)
