@@ -252,7 +252,8 @@ def plot_trajectories(
     figure = Picture(figsize=(5.2, .4 + 1.7 * len(found)), layout='constrained')
     for (left, plane), one in zip(figure.subplots(len(found), 2, squeeze=False), found, strict=True):
         for j, z in enumerate(one.points.T):
-            left.plot(one.cloud.counts, z, color=COLOURS[j % len(COLOURS)], lw=1.2, label=f'component {j + 1}')
+            left.plot(one.cloud.counts, z, color=COLOURS[j % len(COLOURS)], lw=1.2,
+                      label=f'component {j + 1}')
         if trained is not None: left.axvline(trained + .5, color='grey', ls='--', lw=.8)
         left.set_xlabel('count', fontsize=7)
         left.set_ylabel('coordinate', fontsize=7)
