@@ -48,6 +48,7 @@ def plot_maps(
     title: str = '', # what the figure shows
     words: Iterable[str] | None = None, # of the line, for the axes
     columns: int = 4, # panels beside each other
+    what: str = '', # is drawn, for the colour bar
 ) -> Figure: # one panel a layer and head, in the same shades
     "Draw attention maps."
     if not maps: raise FieldError('maps', {}, 'at least one map')
@@ -65,9 +66,9 @@ def plot_maps(
         ax.set(xticks=range(len(pairs)), yticks=range(len(pairs)))
         for axis in (ax.xaxis, ax.yaxis): axis.set_ticklabels(list(words)[:len(pairs)], fontsize=5)
     for ax in axes[len(maps):]: ax.set_axis_off()
-    axes[0].set_xlabel('reads', fontsize=7)
-    axes[0].set_ylabel('token', fontsize=7)
-    figure.colorbar(image, ax=list(axes), shrink=.8)
+    for ax in axes[max(0, len(maps) - wide):len(maps)]: ax.set_xlabel('reads', fontsize=7)
+    for ax in axes[::wide]: ax.set_ylabel('token', fontsize=7)
+    figure.colorbar(image, ax=list(axes), label=what, shrink=.8)
     figure.suptitle(title, fontsize=9)
     return figure
 
@@ -77,12 +78,12 @@ def plot_by_distance(
     what: str = 'mean score', # that was averaged
 ) -> Figure: # the figure
     "Draw mean scores over the distance of query and key."
-    figure = Picture(figsize=(5, 2.4), layout='constrained')
+    figure = Picture(figsize=(6, 2.4), layout='constrained')
     ax = figure.subplots()
     for number, (name, curve) in enumerate(curves.items()):
         ax.plot(curve, label=name, color=COLOURS[number % len(COLOURS)], lw=1.2)
     ax.set(xlabel='distance of query and key (tokens)', ylabel=what)
     ax.set_title(title, fontsize=9)
     ax.locator_params(axis='x', integer=True)
-    ax.legend(fontsize=6)
+    ax.legend(fontsize=6, loc='center left', bbox_to_anchor=(1, .5), frameon=False)
     return figure

@@ -137,20 +137,23 @@ def plot_readings(
     curves: dict[str, list[dict]], # label to rows of one site, of `count_readings`
     title: str = '', # what the figure shows
 ) -> Figure: # the figure
-    "Draw what probes read over the place in the line, with the true count and the end of training."
+    "Draw what probes read over the place in the line, with the true count, the mean and the end of training."
     if not curves: raise FieldError('curves', {}, 'at least one')
-    figure = Picture(figsize=(5.2, 3), layout='constrained')
+    figure = Picture(figsize=(6.4, 3), layout='constrained')
     ax = figure.subplots()
     first = next(iter(curves.values()))
-    ax.plot([r['place'] for r in first], [r['count'] for r in first], color='grey', lw=1, label='true')
+    ax.plot([r['place'] + 1 for r in first], [r['count'] for r in first], color='grey', lw=1, label='true')
+    fitted = np.array([(r['count'], r['points']) for r in first if r['part'] == 'fitted'])
+    mean = np.average(fitted[:, 0], weights=fitted[:, 1])
+    ax.axhline(mean, color='grey', ls=':', lw=1, label='mean of the fitted')
     for number, (label, rows) in enumerate(curves.items()):
-        ax.plot([r['place'] for r in rows], [r['read'] for r in rows], label=label, **style(number))
+        ax.plot([r['place'] + 1 for r in rows], [r['read'] for r in rows], label=label, **style(number))
     between = [r for r in first if r['part'] == 'between']
-    ax.plot([r['place'] for r in between], [r['count'] for r in between], 'o', ms=3, color='0.3',
+    ax.plot([r['place'] + 1 for r in between], [r['count'] for r in between], 'o', ms=3, color='0.3',
             label='left out of the fit')
-    beyond = [r['place'] for r in first if r['part'] == 'beyond']
+    beyond = [r['place'] + 1 for r in first if r['part'] == 'beyond']
     if beyond: ax.axvline(beyond[0] - .5, color='grey', ls='--', lw=.8)
-    ax.set(xlabel='place in the line (dashed: end of training)', ylabel='count')
+    ax.set(xlabel='place in the line, from 1 (dashed: end of training)', ylabel='count')
     ax.set_title(title, fontsize=9)
-    ax.legend(fontsize=7)
+    ax.legend(fontsize=6, loc='center left', bbox_to_anchor=(1, .5), frameon=False)
     return figure

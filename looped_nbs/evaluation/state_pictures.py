@@ -12,7 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from matplotlib import colormaps
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ..core.batch import Batch
 from ..core.errors import FieldError, at_least
@@ -148,12 +151,17 @@ def components(
 # %% ../../nbs/06_evaluation/10_state_pictures.ipynb #548ccac1
 def _of(modulus): return f'count mod {modulus}' if modulus else 'count'
 
-def _scatter(ax, found, modulus):
+def _colours(modulus, top):
+    "One colour a remainder, round a circle, or shades up to the largest count."
+    if not modulus: return {'cmap': 'cividis', 'vmin': 0, 'vmax': top}
+    circle = colormaps['twilight'](np.arange(modulus) / modulus)
+    return {'cmap': ListedColormap(circle), 'vmin': -.5, 'vmax': modulus - .5}
+
+def _scatter(ax, found, modulus, top):
     "Draw one cloud, coloured by its counts."
     counts = found.cloud.counts % modulus if modulus else found.cloud.counts
     x, y = found.points[:, 0], found.points[:, 1] if found.points.shape[1] > 1 else found.cloud.counts
-    drawn = ax.scatter(x, y, c=counts, s=14, cmap='twilight' if modulus else 'cividis', vmin=0,
-                       vmax=modulus or None, edgecolors='0.4', linewidths=.3)
+    drawn = ax.scatter(x, y, c=counts, s=14, edgecolors='0.4', linewidths=.3, **_colours(modulus, top))
     for i in np.flatnonzero(found.cloud.rows == found.cloud.rows[0])[:10]:
         ax.annotate(str(found.cloud.counts[i]), (x[i], y[i]), fontsize=6, xytext=(2, 2),
                     textcoords='offset points')
@@ -178,9 +186,10 @@ def plot_components(
     high = -(-len(found) // wide)
     figure = Picture(figsize=(.9 + 1.6 * wide, .4 + 1.5 * high), layout='constrained')
     axes = figure.subplots(high, wide, squeeze=False).flatten()
-    for ax, one in zip(axes, found, strict=False): drawn = _scatter(ax, one, modulus)
+    top = max(one.cloud.counts.max() for one in found)
+    for ax, one in zip(axes, found, strict=False): drawn = _scatter(ax, one, modulus, top)
     for ax in axes[len(found):]: ax.set_axis_off()
-    figure.colorbar(drawn, ax=list(axes), label=_of(modulus), shrink=.8)
+    figure.colorbar(drawn, ax=list(axes), label=_of(modulus), shrink=.8, ticks=MaxNLocator(integer=True))
     figure.suptitle(title, fontsize=9)
     return figure
 
@@ -243,13 +252,15 @@ def plot_trajectories(
     figure = Picture(figsize=(5.2, .4 + 1.7 * len(found)), layout='constrained')
     for (left, plane), one in zip(figure.subplots(len(found), 2, squeeze=False), found, strict=True):
         for j, z in enumerate(one.points.T):
-            left.plot(one.cloud.counts, z, color=COLOURS[j], lw=1.2, label=f'component {j + 1}')
+            left.plot(one.cloud.counts, z, color=COLOURS[j % len(COLOURS)], lw=1.2,
+                      label=f'component {j + 1}')
         if trained is not None: left.axvline(trained + .5, color='grey', ls='--', lw=.8)
         left.set_xlabel('count', fontsize=7)
         left.set_ylabel('coordinate', fontsize=7)
         left.tick_params(labelsize=6)
-        left.legend(fontsize=6)
+        left.legend(fontsize=6, loc='lower center', bbox_to_anchor=(.5, 1), ncols=2, frameon=False)
         if one.points.shape[1] > 1: plane.plot(*one.points.T[:2], color='0.8', lw=.8, zorder=0)
-        figure.colorbar(_scatter(plane, one, modulus), ax=plane, label=_of(modulus), shrink=.8)
+        drawn = _scatter(plane, one, modulus, one.cloud.counts.max())
+        figure.colorbar(drawn, ax=plane, label=_of(modulus), shrink=.8, ticks=MaxNLocator(integer=True))
     figure.suptitle(title, fontsize=9)
     return figure

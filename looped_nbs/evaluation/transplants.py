@@ -174,8 +174,9 @@ def _row(after, donors, at_donor, lines, at, said, plain):
 
 def share_following(
     rows: list[dict], # of `transplant`
-) -> float: # over all later tokens and lines
-    "Give the share of answers that follow the donor."
+) -> float: # share of answers
+    "Give the share that follows the donor over the tokens after the transplanted one, if any is asked there."
+    rows = [r for r in rows if r['after']] or rows
     return sum(r['follows'] * r['lines'] for r in rows) / sum(r['lines'] for r in rows)
 
 # %% ../../nbs/06_evaluation/10b_transplants.ipynb #c2379545
@@ -201,7 +202,7 @@ def plot_grids(
     counts: Iterable[int], # its counts
     title: str = '', # what the figure shows
 ) -> Figure: # one panel each
-    "Draw which transplants carry the count over; white where the two lines have the same answers."
+    "Draw which transplants carry the count over; white where the answers are the same or none are given."
     counts = list(counts)
     figure = Picture(figsize=(1.2 + 2. * len(grids), 2.4), layout='constrained')
     axes = figure.subplots(1, len(grids), squeeze=False)[0]
