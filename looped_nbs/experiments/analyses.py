@@ -88,7 +88,7 @@ def _maps(what, title):
     def _of_maps(model, task, value=None, modulus=None, sites=(), seed=0):
         line = lines_of(task, _settings(task, value, None)[0], 1, seed)
         maps = attention_maps(model, line, what)
-        return maps, plot_maps(maps, title, columns=4 + 4 * (len(maps) > 12))
+        return maps, plot_maps(maps, title, columns=4 + 4 * (len(maps) > 12), what=what.removesuffix('s'))
     _of_maps.__doc__ = title
     return _of_maps
 
