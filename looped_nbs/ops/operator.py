@@ -81,7 +81,7 @@ def check(
         if x.device != first.device:
             raise FieldError(f'{operator.name}.{name}.device', str(x.device), f'{first.device}')
     for word, n in sizes.items():
-        low, high = (1, MAX_DIM) if word.startswith('d_') else (word in ('time', 'width'), n)
+        low, high = (1, MAX_DIM) if word.startswith('d_') else (int(word in ('time', 'width')), n)
         if not low <= n <= high:
             allowed = f'from 1 to {MAX_DIM}' if high < n else 'at least 1'
             raise FieldError(f'{operator.name}: {word}', n, allowed)
