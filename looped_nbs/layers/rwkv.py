@@ -75,7 +75,9 @@ class TimeMixing(Mixer):
         self.receptance, self.value = _matrix(d_model, d_att, 1.), _matrix(d_model, d_att, 1.)
         self.key, self.gate = _matrix(d_model, d_att, .1), _matrix(d_model, d_att, .1)
         self.out = _matrix(d_att, d_model, 0.)
-        self._begin(d_att, *_depths(layer, n_layers), 1e-5 * divisor ** 2)
+        depth, power = _depths(layer, n_layers)
+        self._begin(d_att, depth, power, 1e-5 * divisor ** 2)
+        self._share(_present(d_model, depth, power))
         nn.init.constant_(self.norm.weight, ((1 + layer) / n_layers) ** .7)
         self.start = nn.Parameter(torch.zeros(n_heads, *self.heads[1:] * 2)) if learned_state else None
 
@@ -106,17 +108,7 @@ class RWKV5(TimeMixing):
     "Time mixing of RWKV-5: a memory whose rows fade at speeds of their own."
     wkv, name = staticmethod(wkv5), 'rwkv5'
 
-    def __init__(self,
-        d_model: int, # width of input and output
-        n_heads: int = 4, # heads, each with a memory
-        d_att: int | None = None, # width of all heads together, a multiple of n_heads; none: d_model
-        layer: int = 0, # number of the layer, from 0, which decides how it starts
-        n_layers: int = 1, # layers of the model
-        divisor: float = 8., # what heads are divided by before their norm
-        learned_state: bool = False, # is the memory at the start trained, rather than zero?
-    ):
-        super().__init__(d_model, n_heads, d_att, layer, n_layers, divisor, learned_state)
-        present = _present(d_model, *_depths(layer, n_layers))
+    def _share(self, present):
         self.mix = nn.Parameter(torch.stack([present[reader] for reader in 'rkvg']).float())
 
     def see(self,
@@ -145,13 +137,14 @@ class RWKV6(TimeMixing):
     ):
         super().__init__(d_model, n_heads, d_att, layer, n_layers, divisor, learned_state)
         for field, value in (('mix_rank', mix_rank), ('decay_rank', decay_rank)): at_least(field, value, 1)
-        present = _present(d_model, *_depths(layer, n_layers))
         small = lambda *shape: torch.rand(shape) * .02 - .01
-        self.shares = nn.Parameter(1 - torch.stack([present[reader] for reader in 'xwkvrg']).float())
         self.share_in = nn.Parameter(torch.zeros(d_model, 5 * mix_rank))
         self.share_out = nn.Parameter(small(5, mix_rank, d_model))
         self.decay_in = nn.Parameter(torch.zeros(d_model, decay_rank))
         self.decay_out = nn.Parameter(small(decay_rank, self.norm.num_channels))
+
+    def _share(self, present):
+        self.shares = nn.Parameter(1 - torch.stack([present[reader] for reader in 'xwkvrg']).float())
 
     def see(self,
         x: Tensor, # tokens (batch, time, d_model)

@@ -43,13 +43,16 @@ class RWKVModel(SequenceModel):
         d_att: int | None = None, # width of all heads together, a multiple of head_size; none: d_model
         d_ff: int | None = None, # inner width of channel mixing; none: 3.5 d_model, down to a multiple of 32
         dropout: float = 0., # of the residual stream, a probability
+        divisor: float = 8., # what heads are divided by before their norm
+        learned_state: bool = False, # are memories at the start trained, rather than zero?
         logit_price: float = 1e-4, # of large logits, in training; not for features
     ):
         for name, value in (('d_model', d_model), ('n_layers', n_layers)): at_least(name, value, 1)
         if not 0 <= dropout < 1: raise FieldError('dropout', dropout, 'a probability in [0, 1)')
         self.price_of_logits = 0. if features else at_least('logit_price', logit_price, 0)
         d_att, n_heads = _heads(d_model, d_att, head_size)
-        wanted, layers = {'n_heads': n_heads, 'd_att': d_att, **(mixing or {})}, []
+        wanted, layers = {'n_heads': n_heads, 'd_att': d_att, 'divisor': divisor,
+                          'learned_state': learned_state, **(mixing or {})}, []
         for layer in range(n_layers):
             where = {'layer': layer, 'n_layers': n_layers}
             pair = build_mixer(self.mixer, d_model, **wanted, **where), self.channels(d_model, d_ff, **where)
@@ -82,18 +85,6 @@ class RWKV5Model(RWKVModel):
     "RWKV-5: memories whose rows fade at speeds of their own."
     mixer, channels = 'rwkv5', RWKV5Channels
 
-    def __init__(self,
-        d_in: int, # size of the vocabulary, or width of the features
-        d_out: int, # number of classes, or of real values
-        features: bool = False, # are inputs features rather than tokens?
-        *,
-        divisor: float = 8., # what heads are divided by before their norm
-        learned_state: bool = False, # are memories at the start trained, rather than zero?
-        **fields: object, # fields of both versions
-    ):
-        mixing = {'divisor': divisor, 'learned_state': learned_state}
-        super().__init__(d_in, d_out, features, mixing, **fields)
-
 @register_model('rwkv6')
 class RWKV6Model(RWKVModel):
     "RWKV-6: memories whose rows fade as each token says."
@@ -106,9 +97,5 @@ class RWKV6Model(RWKVModel):
         *,
         mix_rank: int = 32, # width of the narrow maps to the shares
         decay_rank: int = 64, # width of the narrow map to the speeds
-        divisor: float = 8., # what heads are divided by before their norm
-        learned_state: bool = False, # are memories at the start trained, rather than zero?
         **fields: object, # fields of both versions
-    ):
-        mixing = {'mix_rank': mix_rank, 'decay_rank': decay_rank, 'divisor': divisor}
-        super().__init__(d_in, d_out, features, mixing | {'learned_state': learned_state}, **fields)
+    ): super().__init__(d_in, d_out, features, {'mix_rank': mix_rank, 'decay_rank': decay_rank}, **fields)
