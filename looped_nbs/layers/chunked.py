@@ -15,6 +15,7 @@ from torch import Tensor
 from ..core.errors import FieldError, at_least
 from .attention import Attention, Keys
 from .block import Block, Stack
+from .compiled_block import compiled
 from .loop import Loop
 from .positions import Placed
 
@@ -151,7 +152,7 @@ class Staircase:
         diagonal: bool = False, # do tokens also read all earlier ones at their own depth?
         detach: bool = True, # stop gradients at what is read on the diagonal?
         keys_per_layer: bool = False, # does each layer read its own input, not that of the body?
-        fast: bool = True, # project the keys of a cache once?
+        fast: bool = True, # run plain blocks in one call each, and project the keys of a long cache once?
     ):
         self.cache = at_least('cache', cache, -1)
         if diagonal and cache: raise FieldError('cache', cache, '0 where diagonal = true')
@@ -172,11 +173,15 @@ class Staircase:
         return range(0 if self.cache < 0 else max(0, arrived - self.cache), arrived)
 
     def __call__(self, body, x, chunk, n, ids, mask, place, placed):
-        attend = all(isinstance(m, Attention) for m in _mixers(body))
-        simple = self.fast and self.cache and attend and not self.keys_per_layer
-        simple = simple and mask is None and placed.bias is None and placed.relative is None
-        walk = self.with_cache if simple else self.by_rows
-        stairs = walk(body, body.positions.embed(x, ids), chunk, n, ids, mask, place)
+        x = body.positions.embed(x, ids)
+        runs = _one_call(body, mask, placed) if self.fast and not self.diagonal and self.cache >= 0 else None
+        if runs: stairs = self.by_calls(runs, body.norm, x, chunk, n)
+        else:
+            attend = all(isinstance(m, Attention) for m in _mixers(body))
+            simple = self.fast and self.cache and attend and not self.keys_per_layer
+            simple = simple and mask is None and placed.bias is None and placed.relative is None
+            walk = self.with_cache if simple else self.by_rows
+            stairs = walk(body, x, chunk, n, ids, mask, place)
         for j in range(1, n + 1): yield torch.cat([states[j] for states in stairs], 1)
 
 # %% ../../nbs/02_layers/08_chunked.ipynb #84d76ffb
@@ -237,6 +242,28 @@ def _by_rows(self,
 Staircase._readable, Staircase.by_rows = _readable, _by_rows
 
 # %% ../../nbs/02_layers/08_chunked.ipynb #0e80bd10
+def _one_call(body, mask, placed):
+    "The compiled forms of all blocks, or None where one has none or they would have to know more."
+    if mask is not None or (placed.rotate, placed.bias, placed.relative) != (None, None, None): return None
+    runs = [compiled(layer) for layer in body.layers]
+    return runs if all(runs) else None
+
+def _by_calls(self, runs, norm, x, chunk, n):
+    "Climb the staircase as `by_rows` does, one call a block."
+    stairs = [[part] for part in x.split(chunk, 1)]
+    for i, active in enumerate(rows_of(len(stairs), n)):
+        source = h = torch.cat([stairs[c][i - c] for c in active], 1)
+        old = [stairs[c][n] for c in self.kept(i, n)]
+        for run in runs:
+            last = h if self.keys_per_layer else source
+            h = run(h, torch.cat([*old, last], 1) if old else None if last is h else last)
+        sizes = [stairs[c][0].shape[1] for c in active]
+        for c, part in zip(active, norm(h).split(sizes, 1), strict=True): stairs[c].append(part)
+    return stairs
+
+Staircase.by_calls = _by_calls
+
+# %% ../../nbs/02_layers/08_chunked.ipynb #8460c6a7
 def _project(body, h, positions):
     "Keys and values of states for every layer (batch, heads, time, d_k)."
     normed = [layer.norm1(h) if layer.pre else h for layer in body.layers]
@@ -273,24 +300,28 @@ def _with_cache(self, body, x, chunk, n, ids, mask, place):
 
 Staircase.with_cache = _with_cache
 
-# %% ../../nbs/02_layers/08_chunked.ipynb #8460c6a7
+# %% ../../nbs/02_layers/08_chunked.ipynb #f3206bf2
 class Parallel:
     "No chunks: in every round each token reads what entered the body."
     def __init__(self,
         causal: bool = True, # are later tokens hidden?
         keys_per_layer: bool = False, # does each layer read its own input, not that of the body?
-    ): self.causal, self.keys_per_layer = causal, keys_per_layer
+        fast: bool = True, # run plain blocks in one call each?
+    ): self.causal, self.keys_per_layer, self.fast = causal, keys_per_layer, fast
 
     check = Carried.check
 
     def __call__(self, body, x, chunk, n, ids, mask, place, placed):
         time = x.shape[1]
         pairs = chunk_pairs(time, time, 0, self.causal, x.device)
+        same = all(mixer.causal == self.causal for mixer in _mixers(body))
+        runs = _one_call(body, mask, placed) if self.fast and same else None
         pairs, h = None if pairs.all() and mask is None else _among(mask, pairs), body.positions.embed(x, ids)
         for _ in range(n):
             source = h
-            for layer in body.layers:
-                if not getattr(layer, 'mixer', layer).attends: h = _run(layer, h, None, 0, placed)[0]
+            for i, layer in enumerate(body.layers):
+                if runs: h = runs[i](h, None if self.keys_per_layer or h is source else source)
+                elif not getattr(layer, 'mixer', layer).attends: h = _run(layer, h, None, 0, placed)[0]
                 else: h = _climb(layer, h, h if self.keys_per_layer else source, pairs, placed, placed)
             h = body.norm(h)
             yield h
