@@ -14,7 +14,7 @@ from torch import nn
 
 from .attention import Attention
 from .block import Block, FeedForward
-from ..ops.transformer_block import BlockOptions, BlockWeights, block_form, transformer_block, turned
+from ..ops.transformer_block import BlockOptions, BlockWeights, Ready, block_form, run_block
 
 # %% ../../nbs/02_layers/04a_compiled_block.ipynb #a3b378ae
 _HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
@@ -52,10 +52,10 @@ def compiled(
     if len({(x.dtype, x.device) for x in given}) > 1 or block_form(weights.gain1) != 'cpu': return None
     mixer, drops = block.mixer, (block.dropout.p, block.feedforward[2].p) if block.training else (0., 0.)
     options = BlockOptions(mixer.n_heads, mixer.causal, mixer.scale, parts[0].eps, *drops)
-    return functools.partial(_run, weights, options, turned(weights))
+    return functools.partial(_run, Ready(weights, mixer.n_heads), options)
 
-def _run(weights, options, flipped, h, source=None):
+def _run(ready, options, h, source=None):
     "Apply a block, with a seed from PyTorch's generator where it drops out."
     if options.dropout or options.inner_dropout:
         options = options._replace(seed=int(torch.randint(2 ** 63 - 1, ())))
-    return transformer_block(h, source, weights, options, flipped)
+    return run_block(h, source, ready, options)

@@ -1,6 +1,6 @@
-// A pre-norm transformer block on the CPU, forwards and backwards. Sequences are cut into parts of about kPart tokens; a part
-// passes through all steps while its numbers are in the cache. Sums over all tokens are taken in an order that does not
-// depend on the number of threads.
+// A pre-norm transformer block on the CPU, forwards and backwards: parts of kPart tokens pass through all that is done to each
+// token by itself while their numbers are in the cache; attention takes one head of as many sequences as a register has
+// lanes, or of one sequence. Sums over all tokens are taken in an order that does not depend on the number of threads.
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -14,9 +14,9 @@
 
 namespace {
 
-constexpr int kPart = 64, kSite = 3;  // tokens of a part; places where dropout acts
+constexpr int kPart = 64, kCache = 1 << 19;  // tokens of a part; bytes
 enum Parameter { kGain1, kShift1, kIn, kInBias, kOut, kOutBias, kGain2, kShift2, kWide, kWideBias, kNarrow, kNarrowBias, kParameters };
-enum Flag { kCausal = 1, kItself = 2, kKeep = 4 };
+enum Flag { kCausal = 1, kItself = 2 };
 
 NBS_SHARED uint32_t mixed(uint32_t x) {
   x = (x ^ (x >> 16)) * 0x7feb352du;
@@ -66,19 +66,14 @@ template <class T> struct Call {
   int keys() const { return itself() ? time : time_k; }
   int64_t rows() const { return int64_t(batch) * time; }
   int64_t key_rows() const { return int64_t(batch) * keys(); }
-  int per_part() const { return std::max(1, kPart / std::max(time, keys())); }
-  int parts() const { return (batch + per_part() - 1) / per_part(); }
-  int widest() const { return std::max({3 * d, d_ff, kPanel<T>}); }
+  // Do sequences share registers? Not if lanes would be idle, or their keys and values leave the cache.
+  bool together() const { return batch >= W / 2 && int64_t(keys()) * (d / heads) * 2 * NBS_REGISTER_BYTES <= kCache; }
 };
 
 // What the backward pass needs of the forward pass, of some rows.
 template <class T> struct Kept {
   T *qkv, *kv, *read, *middle, *inner;  // kv: none where the block reads itself
   int64_t q_row, kv_row;
-
-  static int64_t numbers(const Call<T>& c, int64_t rows, int64_t key_rows) {
-    return c.itself() ? rows * (5 * c.d + c.d_ff) : rows * (3 * c.d + c.d_ff) + key_rows * 2 * c.d;
-  }
 
   Kept(const Call<T>& c, T* from, int64_t rows, int64_t key_rows) {
     q_row = c.itself() ? 3 * c.d : c.d;
@@ -88,10 +83,6 @@ template <class T> struct Kept {
     read = from, from += rows * c.d;
     middle = from, from += rows * c.d;
     inner = from;
-  }
-
-  void skip(const Call<T>& c, int64_t rows, int64_t key_rows) {
-    qkv += rows * q_row, kv += key_rows * kv_row, read += rows * c.d, middle += rows * c.d, inner += rows * c.d_ff;
   }
 };
 
@@ -225,39 +216,159 @@ template <class T> NBS_SHARED int visible(const Call<T>& c, int t) {
   return c.flags & kCausal ? c.keys() - c.time + t + 1 : c.keys();
 }
 
-template <class T> void attend(const Call<T>& c, const Kept<T>& kept, int sequences) {
+// One head of W sequences, one in each lane.
+template <class T> struct Lane {
+  static constexpr int W = kLane<T>, kTogether = 8;
+  typedef V<T, W> L;
+  int d, time, keys, sequences;
+  std::vector<T> room;
+  L *k, *v, *dk, *dv, *p, *dp, *q, *g, *out;
+
+  Lane(int d, int time, int keys) : d(d), time(time), keys(keys), room((int64_t(4 * keys + 3) * d + 2 * keys + 1) * W) {
+    L* next = reinterpret_cast<L*>((reinterpret_cast<uintptr_t>(room.data()) + sizeof(L) - 1) / sizeof(L) * sizeof(L));
+    for (L** part : {&k, &v, &dk, &dv}) *part = next, next += keys * d;
+    for (L** part : {&p, &dp}) *part = next, next += keys;
+    for (L** part : {&q, &g, &out}) *part = next, next += d;
+  }
+
+  // Rows of d numbers of each sequence to registers, and back; sequences lie `apart`.
+  NBS_SHARED void gather(L* to, const T* from, int64_t apart) {
+    T* lanes = reinterpret_cast<T*>(to);
+    for (int s = 0; s < sequences; s++, from += apart)
+      for (int e = 0; e < d; e++) lanes[e * W + s] = from[e];
+  }
+  NBS_SHARED void scatter(T* to, const L* from, int64_t apart) {
+    const T* lanes = reinterpret_cast<const T*>(from);
+    for (int s = 0; s < sequences; s++, to += apart)
+      for (int e = 0; e < d; e++) to[e] = lanes[e * W + s];
+  }
+
+  // Call f(Size<n>, first) for groups of n of `count` things.
+  template <int n = kTogether, class F> static NBS_SHARED void groups(int count, const F& f, int first = 0) {
+    for (; count >= n; count -= n, first += n) f(Size<n>{}, first);
+    if constexpr (n > 1) groups<n / 2>(count, f, first);
+  }
+
+  // y[j] = the sum over e of u[e] M[j][e], for the first n keys
+  NBS_SHARED void compare(L* y, const L* u, const L* M, int n) {
+    groups(n, [=](auto size, int first) __attribute__((always_inline)) {
+      constexpr int some = decltype(size)::value;
+      L x[some] = {};
+      for (int e = 0; e < d; e++)
+        for (int i = 0; i < some; i++) x[i] += u[e] * M[(first + i) * d + e];
+      for (int i = 0; i < some; i++) y[first + i] = x[i];
+    });
+  }
+
+  // y[e] = the sum over j of u[j] M[j][e], times scale
+  NBS_SHARED void mix(L* y, const L* u, const L* M, int n, const L& scale) {
+    groups(d, [=](auto size, int first) __attribute__((always_inline)) {
+      constexpr int some = decltype(size)::value;
+      L x[some] = {};
+      for (int j = 0; j < n; j++)
+        for (int i = 0; i < some; i++) x[i] += u[j] * M[j * d + first + i];
+      for (int i = 0; i < some; i++) y[first + i] = x[i] * scale;
+    });
+  }
+
+  // M[j][e] += u[j] v[e]
+  NBS_SHARED void spread(L* M, const L* u, const L* v, int n) {
+    for (int j = 0; j < n; j++)
+      for (int e = 0; e < d; e++) M[j * d + e] += u[j] * v[e];
+  }
+
+  // p[j]: weights before they are divided by their sum, whose inverse is returned
+  NBS_SHARED L weights(const T* query, int64_t apart, T scale, int n) {
+    gather(q, query, apart);
+    for (int e = 0; e < d; e++) q[e] *= scale * T(kLog2E);
+    compare(p, q, k, n);
+    L high = p[0], total = {};
+    for (int j = 1; j < n; j++) high = p[j] > high ? p[j] : high;
+    for (int j = 0; j < n; j++) total += p[j] = two_to<T, W>(p[j] - high);
+    return T(1) / total;
+  }
+
+  void read(const T* keys_from, const T* values_from, int64_t row, int64_t apart) {
+    for (int t = 0; t < keys; t++) {
+      gather(k + t * d, keys_from + t * row, apart);
+      gather(v + t * d, values_from + t * row, apart);
+    }
+  }
+
+  NBS_SHARED void answer(T* to, int64_t to_apart, const T* query, int64_t apart, T scale, int n) {
+    const L whole = weights(query, apart, scale, n);
+    mix(out, p, v, n, whole);
+    scatter(to, out, to_apart);
+  }
+
+  NBS_SHARED void backward(T* dq, const T* query, int64_t apart, const T* grad, int64_t grad_apart, T scale, int n) {
+    const L whole = weights(query, apart, scale, n);
+    gather(g, grad, grad_apart);
+    compare(dp, g, v, n);
+    L mean = {};
+    for (int j = 0; j < n; j++) mean += (p[j] *= whole) * dp[j];
+    for (int j = 0; j < n; j++) dp[j] = p[j] * (dp[j] - mean) * scale;
+    mix(out, dp, k, n, L{} + T(1));
+    scatter(dq, out, apart);
+    gather(q, query, apart);
+    spread(dk, dp, q, n);
+    spread(dv, p, g, n);
+  }
+
+  void write(T* dkeys, T* dvalues, int64_t row, int64_t apart) {
+    for (int t = 0; t < keys; t++) {
+      scatter(dkeys + t * row, dk + t * d, apart);
+      scatter(dvalues + t * row, dv + t * d, apart);
+    }
+  }
+};
+
+// One head (from column `at` on) of sequences from b on
+template <class T> void attend(const Call<T>& c, const Kept<T>& kept, int b, int sequences, int at) {
   const int d = c.d / c.heads;
+  const int64_t q_apart = c.time * kept.q_row, k_apart = c.keys() * kept.kv_row, apart = int64_t(c.time) * c.d;
+  const T *q = kept.qkv + b * q_apart + at, *k = kept.kv + b * k_apart + at;
+  T* to = kept.read + b * apart + at;
+  if (c.together()) {
+    Lane<T> lane(d, c.time, c.keys());
+    lane.sequences = sequences;
+    lane.read(k, k + c.d, kept.kv_row, k_apart);
+    for (int t = 0; t < c.time; t++)
+      lane.answer(to + t * c.d, apart, q + t * kept.q_row, q_apart, c.scale, visible(c, t));
+    return;
+  }
   with_lanes<T>(c.keys(), [&](auto size) {
     Head<T, decltype(size)::value> head(d, c.keys());
-    for (int b = 0; b < sequences; b++)
-      for (int at = 0; at < c.d; at += d) {
-        const T *q = kept.qkv + int64_t(b) * c.time * kept.q_row + at, *k = kept.kv + int64_t(b) * c.keys() * kept.kv_row + at;
-        head.columns(head.k, k, kept.kv_row);
-        head.columns(head.v, k + c.d, kept.kv_row);
-        T* to = kept.read + int64_t(b) * c.time * c.d + at;
-        for (int t = 0; t < c.time; t++, q += kept.q_row, to += c.d) head.answer(to, q, c.scale, visible(c, t));
-      }
+    head.columns(head.k, k, kept.kv_row);
+    head.columns(head.v, k + c.d, kept.kv_row);
+    for (int t = 0; t < c.time; t++) head.answer(to + t * c.d, q + t * kept.q_row, c.scale, visible(c, t));
   });
 }
 
 // dq and dkv lie as the queries, keys and values do
-template <class T> void attend_backward(const Call<T>& c, const Kept<T>& kept, T* dq, T* dkv, const T* grad, int sequences) {
+template <class T>
+void attend_backward(const Call<T>& c, const Kept<T>& kept, T* dq, T* dkv, const T* grad, int b, int sequences, int at) {
   const int d = c.d / c.heads;
+  const int64_t q_apart = c.time * kept.q_row, k_apart = c.keys() * kept.kv_row, apart = int64_t(c.time) * c.d;
+  const T *q = kept.qkv + b * q_apart + at, *k = kept.kv + b * k_apart + at, *g = grad + b * apart + at;
+  dq += b * q_apart + at, dkv += b * k_apart + at;
+  if (c.together()) {
+    Lane<T> lane(d, c.time, c.keys());
+    lane.sequences = sequences;
+    lane.read(k, k + c.d, kept.kv_row, k_apart);
+    for (int t = 0; t < c.time; t++)
+      lane.backward(dq + t * kept.q_row, q + t * kept.q_row, q_apart, g + t * c.d, apart, c.scale, visible(c, t));
+    lane.write(dkv, dkv + c.d, kept.kv_row, k_apart);
+    return;
+  }
   with_lanes<T>(c.keys(), [&](auto size) {
     Head<T, decltype(size)::value> head(d, c.keys());
-    for (int b = 0; b < sequences; b++)
-      for (int at = 0; at < c.d; at += d) {
-        const int64_t first = int64_t(b) * c.time * kept.q_row + at, keys = int64_t(b) * c.keys() * kept.kv_row + at;
-        const T* g = grad + int64_t(b) * c.time * c.d + at;
-        head.columns(head.k, kept.kv + keys, kept.kv_row);
-        head.columns(head.v, kept.kv + keys + c.d, kept.kv_row);
-        std::fill(head.dk, head.p, T(0));
-        for (int t = 0; t < c.time; t++)
-          head.backward(dq + first + t * kept.q_row, kept.qkv + first + t * kept.q_row, g + int64_t(t) * c.d, c.scale, visible(c, t));
-        T* to = dkv + keys;
-        for (int t = 0; t < c.keys(); t++, to += kept.kv_row)
-          for (int e = 0; e < d; e++) to[e] = head.dk[e * head.width + t], to[c.d + e] = head.dv[e * head.width + t];
-      }
+    head.columns(head.k, k, kept.kv_row);
+    head.columns(head.v, k + c.d, kept.kv_row);
+    for (int t = 0; t < c.time; t++)
+      head.backward(dq + t * kept.q_row, q + t * kept.q_row, g + t * c.d, c.scale, visible(c, t));
+    for (int t = 0; t < c.keys(); t++, dkv += kept.kv_row)
+      for (int e = 0; e < d; e++) dkv[e] = head.dk[e * head.width + t], dkv[c.d + e] = head.dv[e * head.width + t];
   });
 }
 
@@ -317,112 +428,112 @@ template <class T> struct Block : Call<T> {
 
   Dropout<T> drop(int site, double p) const { return Dropout<T>(this->seed, site, p); }
 
-  // Queries, keys and values of some sequences; `normed` and `normed_k` get what they are taken of.
-  void project(const Kept<T>& kept, T* normed, T* normed_k, const T* h, const T* source, int rows, int key_rows) const {
-    const int d = this->d;
-    const T* bias = this->w[kInBias];
-    norm(normed, h, this->w[kGain1], this->w[kShift1], rows, d, this->eps);
-    const int mine = this->itself() ? 3 * d : d;
-    fill_rows(kept.qkv, kept.q_row, bias, rows, mine);
-    product<T>({kept.qkv, kept.q_row}, {normed, d}, {this->turned[0], 3 * d}, rows, mine, d, true);
-    if (this->itself()) return;
-    norm(normed_k, source, this->w[kGain1], this->w[kShift1], key_rows, d, this->eps);
-    fill_rows(kept.kv, kept.kv_row, bias ? bias + d : bias, key_rows, 2 * d);
-    product<T>({kept.kv, kept.kv_row}, {normed_k, d}, {this->turned[0] + d, 3 * d}, key_rows, 2 * d, d, true);
+  // Call f(first, n) for parts of some rows, shared among the threads.
+  template <class F> static NBS_SHARED void parts(int64_t rows, const F& f) {
+#pragma omp for schedule(dynamic)
+    for (int64_t first = 0; first < rows; first += kPart) f(first, int(std::min<int64_t>(kPart, rows - first)));
+  }
+
+  // Call f(b, sequences, at) for all heads of all sequences, shared among the threads.
+  template <class F> NBS_SHARED void heads_of(const F& f) const {
+    const int some = this->together() ? W : 1, d = this->d / this->heads;
+#pragma omp for schedule(dynamic) collapse(2)
+    for (int b = 0; b < this->batch; b += some)
+      for (int head = 0; head < this->heads; head++) f(b, std::min(some, this->batch - b), head * d);
   }
 
   void forward(T* out, T* keep) const {
-    const int d = this->d, d_ff = this->d_ff, n = this->per_part();
+    const int d = this->d, d_ff = this->d_ff, mine = this->itself() ? 3 * d : d;
+    const Kept<T> kept(*this, keep, this->rows(), this->key_rows());
+    const T* bias = this->w[kInBias];
 #pragma omp parallel num_threads(this->threads) if (this->threads > 1)
     {
-      const int most = n * this->time, most_k = n * this->keys();
       static thread_local std::vector<T> room;
-      const int64_t own = (2 * int64_t(most) + most_k) * d, needed = own + (keep ? 0 : Kept<T>::numbers(*this, most, most_k));
-      if (int64_t(room.size()) < needed) room.resize(needed);
-      T *x = room.data(), *y = x + int64_t(most) * d, *z = y + int64_t(most) * d;
-#pragma omp for schedule(dynamic)
-      for (int part = 0; part < this->parts(); part++) {
-        const int b = part * n, sequences = std::min(n, this->batch - b);
-        const int rows = sequences * this->time, key_rows = sequences * this->keys();
-        const int64_t first = int64_t(b) * this->time, first_k = int64_t(b) * this->keys();
-        Kept<T> kept(*this, keep ? keep : z + int64_t(most_k) * d, keep ? this->rows() : most, keep ? this->key_rows() : most_k);
-        if (keep) kept.skip(*this, first, first_k);
-        const T *h = this->h + first * d, *source = this->itself() ? nullptr : this->source + first_k * d;
-        project(kept, x, z, h, source, rows, key_rows);
-        attend<T>(*this, kept, sequences);
-        product<T>({y, d}, {kept.read, d}, {this->turned[1], d}, rows, d, d);
-        residual(kept.middle, h, y, this->w[kOutBias], drop(0, this->p), first, rows, d);
-        norm(x, kept.middle, this->w[kGain2], this->w[kShift2], rows, d, this->eps);
-        product<T>({kept.inner, d_ff}, {x, d}, {this->turned[2], d_ff}, rows, d_ff, d);
-        rectify(kept.inner, this->w[kWideBias], drop(1, this->p_inner), first, rows, d_ff);
-        product<T>({y, d}, {kept.inner, d_ff}, {this->turned[3], d}, rows, d, d_ff);
-        residual(out + first * d, kept.middle, y, this->w[kNarrowBias], drop(2, this->p), first, rows, d);
-      }
+      if (int64_t(room.size()) < 2 * kPart * int64_t(d)) room.resize(2 * kPart * int64_t(d));
+      T *x = room.data(), *y = x + kPart * int64_t(d);
+      parts(this->rows(), [&](int64_t at, int n) {
+        norm(x, this->h + at * d, this->w[kGain1], this->w[kShift1], n, d, this->eps);
+        fill_rows(kept.qkv + at * mine, mine, bias, n, mine);
+        product<T>({kept.qkv + at * mine, mine}, {x, d}, {this->turned[0], 3 * d}, n, mine, d, true);
+      });
+      if (!this->itself()) parts(this->key_rows(), [&](int64_t at, int n) {
+        norm(x, this->source + at * d, this->w[kGain1], this->w[kShift1], n, d, this->eps);
+        fill_rows(kept.kv + at * 2 * d, 2 * d, moved(bias, d), n, 2 * d);
+        product<T>({kept.kv + at * 2 * d, 2 * d}, {x, d}, {this->turned[0] + d, 3 * d}, n, 2 * d, d, true);
+      });
+      heads_of([&](int b, int sequences, int at) { attend<T>(*this, kept, b, sequences, at); });
+      parts(this->rows(), [&](int64_t at, int n) {
+        T *middle = kept.middle + at * d, *inner = kept.inner + at * d_ff;
+        product<T>({y, d}, {kept.read + at * d, d}, {this->turned[1], d}, n, d, d);
+        residual(middle, this->h + at * d, y, this->w[kOutBias], drop(0, this->p), at, n, d);
+        norm(x, middle, this->w[kGain2], this->w[kShift2], n, d, this->eps);
+        product<T>({inner, d_ff}, {x, d}, {this->turned[2], d_ff}, n, d_ff, d);
+        rectify(inner, this->w[kWideBias], drop(1, this->p_inner), at, n, d_ff);
+        product<T>({y, d}, {inner, d_ff}, {this->turned[3], d}, n, d, d_ff);
+        residual(out + at * d, middle, y, this->w[kNarrowBias], drop(2, this->p), at, n, d);
+      });
     }
   }
 
   void backward(T* keep, const T* grad, T* dh, T* dsource, T* const* dw) const {
-    const int d = this->d, d_ff = this->d_ff, n = this->per_part(), parts = this->parts();
-    const int64_t rows = this->rows(), key_rows = this->key_rows(), kv = this->itself() ? 0 : key_rows;
+    const int d = this->d, d_ff = this->d_ff, mine = this->itself() ? 3 * d : d;
+    const int64_t rows = this->rows(), key_rows = this->itself() ? 0 : this->key_rows();
+    const int64_t shares = (rows + kPart - 1) / kPart, shares_k = (key_rows + kPart - 1) / kPart;
     static thread_local std::vector<T> room;
-    const int64_t q_row = this->itself() ? 3 * d : d;
-    const int64_t needed = rows * (4 * d + d_ff + q_row) + kv * 3 * d + int64_t(parts) * 4 * d;
+    const int64_t needed = rows * (5 * d + d_ff + mine) + key_rows * 3 * d + (shares + shares_k) * 4 * d;
     if (int64_t(room.size()) < needed) room.resize(needed);
-    T *next = room.data(), *x = next, *x_k, *x2, *dz, *dy, *du, *dq, *dkv, *sums;
-    next += rows * d, x_k = next, next += kv * d, x2 = next, next += rows * d, dz = next, next += rows * d;
-    dy = next, next += rows * d, du = next, next += rows * d_ff, dq = next, next += rows * q_row;
-    dkv = this->itself() ? dq + d : next, next += kv * 2 * d, sums = next;
-    std::fill(sums, sums + int64_t(parts) * 4 * d, T(0));
-    const Kept<T> all(*this, keep, rows, key_rows);
-    const int64_t kv_row = all.kv_row;
+    T* next = room.data();
+    const auto take = [&](int64_t n) { return next += n, next - n; };
+    T *x = take(rows * d), *x2 = take(rows * d), *dz = take(rows * d), *dy = take(rows * d), *dread = take(rows * d);
+    T *du = take(rows * d_ff), *dq = take(rows * mine), *x_k = take(key_rows * d);
+    T *dkv = this->itself() ? dq + d : take(key_rows * 2 * d), *sums = take((shares + shares_k) * 4 * d);
+    std::fill(sums, next, T(0));
+    const Kept<T> kept(*this, keep, rows, this->key_rows());
 #pragma omp parallel num_threads(this->threads) if (this->threads > 1)
     {
-      static thread_local std::vector<T> mine;
-      const int most = n * std::max(this->time, this->keys());
-      if (int64_t(mine.size()) < int64_t(most) * d) mine.resize(int64_t(most) * d);
-      T* g = mine.data();
-#pragma omp for schedule(dynamic)
-      for (int part = 0; part < parts; part++) {
-        const int b = part * n, sequences = std::min(n, this->batch - b);
-        const int some = sequences * this->time, some_k = sequences * this->keys();
-        const int64_t at = int64_t(b) * this->time, at_k = int64_t(b) * this->keys();
-        Kept<T> kept = all;
-        kept.skip(*this, at, at_k);
-        T *down = dh + at * d, *wide = du + at * d_ff, *own = sums + int64_t(part) * 4 * d;
-        dropped(dz + at * d, grad + at * d, drop(2, this->p), at, some, d);
-        product<T>({wide, d_ff}, {dz + at * d, d}, {this->w[kNarrow], d_ff}, some, d_ff, d);
-        open(wide, kept.inner, some * d_ff);
-        product<T>({g, d}, {wide, d_ff}, {this->w[kWide], d}, some, d, d_ff);
-        copy(down, grad + at * d, some * d);
-        norm_backward(down, g, kept.middle, this->w[kGain2], some, d, this->eps, own + 2 * d);
-        norm(x2 + at * d, kept.middle, this->w[kGain2], this->w[kShift2], some, d, this->eps);
-        dropped(dy + at * d, down, drop(0, this->p), at, some, d);
-        product<T>({g, d}, {dy + at * d, d}, {this->w[kOut], d}, some, d, d);
-        attend_backward<T>(*this, kept, dq + at * q_row, dkv + at_k * kv_row, g, sequences);
-        product<T>({g, d}, {dq + at * q_row, q_row}, {this->w[kIn], d}, some, d, this->itself() ? 3 * d : d);
-        norm_backward(down, g, this->h + at * d, this->w[kGain1], some, d, this->eps, own);
-        norm(x + at * d, this->h + at * d, this->w[kGain1], this->w[kShift1], some, d, this->eps);
-        if (this->itself()) continue;
-        const T* source = this->source + at_k * d;
-        product<T>({g, d}, {dkv + at_k * 2 * d, 2 * d}, {this->w[kIn] + d * d, d}, some_k, d, 2 * d);
-        std::fill(dsource + at_k * d, dsource + (at_k + some_k) * d, T(0));
-        norm_backward(dsource + at_k * d, g, source, this->w[kGain1], some_k, d, this->eps, own);
-        norm(x_k + at_k * d, source, this->w[kGain1], this->w[kShift1], some_k, d, this->eps);
-      }
-      weights(dw[kNarrow], dw[kNarrowBias], {dz, d}, {all.inner, d_ff}, d, d_ff, rows);
+      static thread_local std::vector<T> own;
+      if (int64_t(own.size()) < kPart * int64_t(d)) own.resize(kPart * int64_t(d));
+      T* g = own.data();
+      parts(rows, [&](int64_t at, int n) {
+        T *down = dh + at * d, *wide = du + at * d_ff, *middle = kept.middle + at * d;
+        dropped(dz + at * d, grad + at * d, drop(2, this->p), at, n, d);
+        product<T>({wide, d_ff}, {dz + at * d, d}, {this->w[kNarrow], d_ff}, n, d_ff, d);
+        open(wide, kept.inner + at * d_ff, n * d_ff);
+        product<T>({g, d}, {wide, d_ff}, {this->w[kWide], d}, n, d, d_ff);
+        copy(down, grad + at * d, n * d);
+        norm_backward(down, g, middle, this->w[kGain2], n, d, this->eps, sums + at / kPart * 4 * d + 2 * d);
+        norm(x2 + at * d, middle, this->w[kGain2], this->w[kShift2], n, d, this->eps);
+        dropped(dy + at * d, down, drop(0, this->p), at, n, d);
+        product<T>({dread + at * d, d}, {dy + at * d, d}, {this->w[kOut], d}, n, d, d);
+      });
+      heads_of([&](int b, int some, int at) { attend_backward<T>(*this, kept, dq, dkv, dread, b, some, at); });
+      parts(rows, [&](int64_t at, int n) {
+        product<T>({g, d}, {dq + at * mine, mine}, {this->w[kIn], d}, n, d, mine);
+        norm_backward(dh + at * d, g, this->h + at * d, this->w[kGain1], n, d, this->eps, sums + at / kPart * 4 * d);
+        norm(x + at * d, this->h + at * d, this->w[kGain1], this->w[kShift1], n, d, this->eps);
+      });
+      parts(key_rows, [&](int64_t at, int n) {
+        const T* source = this->source + at * d;
+        T *down = dsource + at * d, *own_sums = sums + (shares + at / kPart) * 4 * d;
+        product<T>({g, d}, {dkv + at * 2 * d, 2 * d}, {this->w[kIn] + d * d, d}, n, d, 2 * d);
+        std::fill(down, down + int64_t(n) * d, T(0));
+        norm_backward(down, g, source, this->w[kGain1], n, d, this->eps, own_sums);
+        norm(x_k + at * d, source, this->w[kGain1], this->w[kShift1], n, d, this->eps);
+      });
+      weights(dw[kNarrow], dw[kNarrowBias], {dz, d}, {kept.inner, d_ff}, d, d_ff, rows);
       weights(dw[kWide], dw[kWideBias], {du, d_ff}, {x2, d}, d_ff, d, rows);
-      weights(dw[kOut], dw[kOutBias], {dy, d}, {all.read, d}, d, d, rows);
-      weights(dw[kIn], dw[kInBias], {dq, q_row}, {x, d}, this->itself() ? 3 * d : d, d, rows);
-      T* bias = dw[kInBias];
-      if (!this->itself()) weights(dw[kIn] + d * d, bias ? bias + d : bias, {dkv, 2 * d}, {x_k, d}, 2 * d, d, key_rows);
+      weights(dw[kOut], dw[kOutBias], {dy, d}, {kept.read, d}, d, d, rows);
+      weights(dw[kIn], dw[kInBias], {dq, mine}, {x, d}, mine, d, rows);
+      if (key_rows) weights(dw[kIn] + d * d, moved(dw[kInBias], d), {dkv, 2 * d}, {x_k, d}, 2 * d, d, key_rows);
     }
     const Parameter norms[] = {kGain1, kShift1, kGain2, kShift2};
-    for (int i = 0; i < 4; i++)
-      for (int j = 0; T* to = dw[norms[i]]; j++) {
-        if (j == d) break;
-        to[j] = 0;
-        for (int part = 0; part < parts; part++) to[j] += sums[(int64_t(part) * 4 + i) * d + j];
-      }
+    for (int i = 0; i < 4; i++) {
+      T* to = dw[norms[i]];
+      if (!to) continue;
+      std::fill(to, to + d, T(0));
+      for (int64_t share = 0; share < shares + shares_k; share++)
+        for (int j = 0; j < d; j++) to[j] += sums[(share * 4 + i) * d + j];
+    }
   }
 
   // Where the inner layer was shut, by relu or by dropout, no gradient passes.
