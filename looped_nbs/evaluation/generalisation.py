@@ -6,6 +6,7 @@
 __all__ = ['new_positions', 'pieces', 'generalisation', 'summarise']
 
 # %% ../../nbs/06_evaluation/01_generalisation.ipynb #e30afc03
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -32,18 +33,23 @@ def new_positions(
 def pieces(
     batch: Batch, # coded examples
     outputs: int, # logits at a position
+    at_once: int | None = None, # positions of an example that layers hand on at a time; None: all
 ) -> list[Batch]: # its rows
     "Split a batch into rows at a time: what layers hand on should fit the cache of a CPU, logits the memory."
-    tokens, most = len(batch) * batch.inputs.shape[1], 2 ** 25 // outputs
-    if batch.inputs.is_cuda: most *= 16
-    else: most = min(most, 8192)
-    parts = min(len(batch), -(-tokens // max(1, most)))
+    time, logits, handed = batch.inputs.shape[1], 2 ** 25 // outputs, 8192
+    if batch.inputs.is_cuda: logits, handed = 16 * logits, 16 * logits
+    wanted = max(time / max(1, logits), (at_once or time) / handed)
+    parts = min(len(batch), math.ceil(len(batch) * wanted))
     return [batch.rows(part, parts) for part in range(parts)]
+
+def _pieces(batches, model, task):
+    at_once = getattr(model, 'at_once', lambda time: time)
+    for batch in batches: yield from pieces(batch, task.d_out, at_once(batch.inputs.shape[1]))
 
 def _measure(model, batches, task, controls):
     "Tallies of loss and metrics over batches, the scored targets, and the number of examples."
     tallies, targets, examples, objective = {}, [], 0, task.objective
-    for batch in (piece for whole in batches for piece in pieces(whole, task.d_out)):
+    for batch in _pieces(batches, model, task):
         output = model(batch, **controls)
         add_tallies(tallies, {'loss': objective.loss(output, batch)} | objective.metrics(output, batch))
         targets.append(batch.targets[batch.score_mask].cpu())

@@ -233,6 +233,12 @@ class SequenceModel(nn.Module):
         if len(logits) == 1: return Output(*logits.values(), aux_loss=aux_loss)
         return Output(torch.stack(list(logits.values())), tuple(logits), aux_loss)
 
+    def at_once(self,
+        time: int, # positions of an example
+    ) -> int: # positions
+        "Say how many positions of an example layers hand on at a time."
+        return time
+
     def aux_loss(self,
         h: Tensor, # the last state of the loop (batch, time, d_model)
         batch: Batch, # the examples

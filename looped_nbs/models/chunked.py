@@ -81,6 +81,9 @@ class StaircaseTransformer(InChunks, UniversalTransformer):
         order = self.orders[one_of('mode', mode or self.mode, self.orders)]
         return self._loop(batch, n_loops, return_loops, cache, order=order, place=self.positions.place)
 
+    def at_once(self, time):
+        return time if self.mode == 'parallel' else min(time, self.loop.chunk * self.loop.n_loops)
+
 # %% ../../nbs/03_models/06_chunked.ipynb #b94b2f61
 @register_model('block_recurrent')
 class BlockRecurrentTransformer(InChunks, SequenceModel):
