@@ -1,11 +1,9 @@
-// Matrix products for the CPU kernels: tiles of kRows rows and two registers of columns stay in registers, the right factor
+// Matrix products for the CPU kernels: tiles of kRows rows and two registers of columns stay in registers; the right factor
 // is copied to panels of that width, so that it is read in the order in which it lies.
 #pragma once
-#include <vector>
-
 #include "lanes.h"
 
-constexpr int kRows = 8, kInner = 512;  // rows of a tile, and terms of a sum for which one panel is packed
+constexpr int kRows = NBS_REGISTERS / 4, kInner = 512;  // rows of a tile; terms of a sum for which a panel is packed
 template <class T> constexpr int kLane = NBS_REGISTER_BYTES / sizeof(T);
 template <class T> constexpr int kPanel = 2 * kLane<T>;
 
@@ -53,26 +51,30 @@ NBS_SHARED void tile(const Matrix<T>& c, int columns, const Matrix<const T>& a, 
 }
 
 template <class T, int Rows = kRows>
-NBS_SHARED void tile_of(int rows, const Matrix<T>& c, int columns, const Matrix<const T>& a, const T* packed, int inner, bool add) {
+NBS_SHARED void tile_of(int rows, const Matrix<T>& c, int columns, const Matrix<const T>& a, const T* packed, int inner,
+                        bool add) {
   if (rows == Rows) return tile<T, Rows>(c, columns, a, packed, inner, add);
   if constexpr (Rows > 1) tile_of<T, Rows - 1>(rows, c, columns, a, packed, inner, add);
 }
 
 // One panel of columns of c (rows x columns) = or += a (rows x inner) b (inner x columns).
 template <class T>
-inline void panel(const Matrix<T>& c, const Matrix<const T>& a, const Matrix<const T>& b, int rows, int columns, int inner, bool add) {
+inline void panel(const Matrix<T>& c, const Matrix<const T>& a, const Matrix<const T>& b, int rows, int columns, int inner,
+                  bool add) {
   alignas(64) T packed[kInner * kPanel<T>];
   for (int first = 0; first < inner; first += kInner, add = true) {
     const int terms = inner - first < kInner ? inner - first : kInner;
     pack(packed, b, first, terms, columns);
     for (int i = 0; i < rows; i += kRows)
-      tile_of<T>(rows - i < kRows ? rows - i : kRows, {c.at(i), c.row}, columns, {a.at(i, first), a.row, a.column}, packed, terms, add);
+      tile_of<T>(rows - i < kRows ? rows - i : kRows, {c.at(i), c.row}, columns, {a.at(i, first), a.row, a.column}, packed,
+                 terms, add);
   }
 }
 
 // c (rows x columns) = or += a (rows x inner) b (inner x columns)
 template <class T>
-inline void product(const Matrix<T>& c, const Matrix<const T>& a, const Matrix<const T>& b, int rows, int columns, int inner, bool add = false) {
+inline void product(const Matrix<T>& c, const Matrix<const T>& a, const Matrix<const T>& b, int rows, int columns, int inner,
+                    bool add = false) {
   for (int j = 0; j < columns; j += kPanel<T>) {
     const int some = columns - j < kPanel<T> ? columns - j : kPanel<T>;
     panel<T>({c.at(0, j), c.row}, a, {b.at(0, j), b.row}, rows, some, inner, add);

@@ -15,7 +15,9 @@
 namespace {
 
 constexpr int kPart = 64, kCache = 1 << 19;  // tokens of a part; bytes
-enum Parameter { kGain1, kShift1, kIn, kInBias, kOut, kOutBias, kGain2, kShift2, kWide, kWideBias, kNarrow, kNarrowBias, kParameters };
+enum Parameter {
+  kGain1, kShift1, kIn, kInBias, kOut, kOutBias, kGain2, kShift2, kWide, kWideBias, kNarrow, kNarrowBias, kParameters
+};
 enum Flag { kCausal = 1, kItself = 2 };
 
 NBS_SHARED uint32_t mixed(uint32_t x) {
