@@ -42,7 +42,7 @@ def _usual():
 # %% ../../nbs/02_layers/04a_compiled_block.ipynb #24a43822
 def compiled(
     block: nn.Module, # of a body
-) -> Callable | None: # run(h, source=None): what comes out, h being the last tokens of the source; None: it has to run as it is
+) -> Callable | None: # run(h, source=None), h being the last tokens of the source; None: it runs as it is
     "Find the compiled form of a block, for one pass through a model."
     parts = _parts(block)
     if parts is None or not _usual(): return None

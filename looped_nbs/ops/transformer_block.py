@@ -85,7 +85,8 @@ def naive_block(
     "Apply a block, by definition."
     x = _norm(h, w.gain1, w.shift1, o.eps)
     s = x if source is None else _norm(source, w.gain1, w.shift1, o.eps)
-    d, bias = h.shape[-1], (None, None) if w.qkv_bias is None else w.qkv_bias.split([h.shape[-1], 2 * h.shape[-1]])
+    d = h.shape[-1]
+    bias = (None, None) if w.qkv_bias is None else w.qkv_bias.split([d, 2 * d])
     q, kv = F.linear(x, w.qkv[:d], bias[0]), F.linear(s, w.qkv[d:], bias[1])
     q, k, v = (part.unflatten(-1, (o.n_heads, -1)).transpose(1, 2) for part in (q, *kv.chunk(2, -1)))
     scores = q @ k.mT * (q.shape[-1] ** -.5 if o.scale is None else o.scale)
@@ -115,9 +116,10 @@ class Ready:
     def call(self, which, h, source, o, *tensors):
         "Run a pass: 0 forwards, 1 backwards."
         (batch, time, d), itself = h.shape, source is None
-        time_k, scale = time if itself else source.shape[1], (d // o.n_heads) ** -.5 if o.scale is None else o.scale
-        flags = o.causal + 2 * itself
-        sizes = batch, time, time_k, d, o.n_heads, self.d_ff, flags, torch.get_num_threads(), o.seed
+        time_k = time if itself else source.shape[1]
+        scale = (d // o.n_heads) ** -.5 if o.scale is None else o.scale
+        threads, flags = torch.get_num_threads(), o.causal + 2 * itself
+        sizes = batch, time, time_k, d, o.n_heads, self.d_ff, flags, threads, o.seed
         scalars = o.eps, scale, o.dropout, o.inner_dropout
         last = [0 if x is None else x.data_ptr() for x in tensors]
         addresses = [h.data_ptr(), 0 if itself else source.data_ptr(), *self.addresses, *last]
@@ -166,12 +168,13 @@ def block_form(
     else:
         try: library('transformer_block')
         except Unavailable as e: reason = str(e)
-    if reason and impl == 'cpu': raise FieldError('transformer_block.impl', impl, f'another form here: {reason}')
-    return 'naive' if reason else 'cpu'
+    if not reason: return 'cpu'
+    if impl == 'cpu': raise FieldError('transformer_block.impl', impl, f'another form here: {reason}')
+    return 'naive'
 
 def transformer_block(
     h: Tensor, # (batch, time, d_model)
-    source: Tensor | None, # what it reads (batch, time_k, d_model), of which h are the last tokens; None: itself
+    source: Tensor | None, # what it reads (batch, time_k, d_model), h being its last tokens; None: itself
     w: BlockWeights, # of the block
     o: BlockOptions, # of the block
     impl: str = 'auto', # auto, naive or cpu
@@ -191,10 +194,13 @@ def run_block(
     "Apply the compiled form of a block."
     _check_inputs(h, source, ready.w, o)
     h, source = h.contiguous(), source if source is None else source.contiguous()
-    learns = torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in (h, source, *ready.w)])
+    given = [x for x in (h, source, *ready.w) if x is not None]
+    learns = torch.is_grad_enabled() and any([x.requires_grad for x in given])
     return _Compiled.apply(ready, o, h, source, *ready.w) if learns else ready.forward(h, source, o)[0]
 
 # %% ../../nbs/01_ops/14_transformer_block.ipynb #de787995
+def _kind(x): return f'{x.dtype} on {x.device}'
+
 def _check_weights(w, n_heads):
     "Refuse weights that do not fit; addresses are all that compiled code sees."
     d, d_ff, like = w.gain1.shape[0], w.wide.shape[0], w.gain1
@@ -204,20 +210,20 @@ def _check_weights(w, n_heads):
         if x is None: continue
         if x.shape != shape: raise FieldError(f'transformer_block.{part}', tuple(x.shape), str(shape))
         if (x.dtype, x.device) != (like.dtype, like.device):
-            raise FieldError(f'transformer_block.{part}', f'{x.dtype} on {x.device}', f'{like.dtype} on {like.device}')
+            raise FieldError(f'transformer_block.{part}', _kind(x), _kind(like))
         if not x.is_contiguous(): raise FieldError(f'transformer_block.{part}', 'strided', 'contiguous')
 
 def _check_inputs(h, source, w, o):
     "Refuse inputs that do not fit the weights."
     d, like = w.gain1.shape[0], w.gain1
     if h.dim() != 3 or not h.numel() or h.shape[2] != d or h.dtype != like.dtype or h.device != like.device:
-        allowed = f'(batch, time, {d}) of {like.dtype} on {like.device}'
-        raise FieldError('transformer_block.h', f'{tuple(h.shape)} of {h.dtype} on {h.device}', allowed)
+        found, allowed = f'{tuple(h.shape)} of {_kind(h)}', f'(batch, time, {d}) of {_kind(like)}'
+        raise FieldError('transformer_block.h', found, allowed)
     for field, p in (('dropout', o.dropout), ('inner_dropout', o.inner_dropout)):
         if not 0 <= p < 1: raise FieldError(field, p, 'a probability in [0, 1)')
     if source is None: return
-    batch, time, _ = h.shape
-    fits = source.dim() == 3 and source.shape[0] == batch and source.shape[2] == d
-    if not fits or source.shape[1] < (time if o.causal else 1) or source.dtype != h.dtype or source.device != h.device:
-        allowed = f'({batch}, {time if o.causal else 1} or more, {d}) of {h.dtype} on {h.device}'
-        raise FieldError('transformer_block.source', f'{tuple(source.shape)} of {source.dtype} on {source.device}', allowed)
+    batch, least = h.shape[0], h.shape[1] if o.causal else 1
+    fits = source.dim() == 3 and source.shape[0] == batch and source.shape[1] >= least
+    if not fits or source.shape[2] != d or source.dtype != h.dtype or source.device != h.device:
+        found = f'{tuple(source.shape)} of {_kind(source)}'
+        raise FieldError('transformer_block.source', found, f'({batch}, {least} or more, {d}) of {_kind(h)}')

@@ -300,15 +300,16 @@ def bench_models(
 def _chunk_steps(batch_size, length, chunks):
     "Steps of models that read chunks by name: ordinary blocks first."
     fields = {'d_model': 64, 'n_heads': 8, 'dropout': .1}
-    yield 'transformer, 4 layers', _bare(_trainer('transformer', fields | {'n_layers': 4}, batch_size, length)[0], 1)
+    def step(model, **more): return _bare(_trainer(model, fields | more, batch_size, length)[0], 1)
+    yield 'transformer, 4 layers', step('transformer', n_layers=4)
     for chunk in chunks:
         for how in ('', ' by definition'):
             more = {'n_layers': 2, 'n_loops': 2, 'chunk': chunk}
             trainer, _ = _trainer('staircase', fields | more, batch_size, length)
             trainer.model.loop.order.fast = not how
             yield f'staircase, chunk {chunk}{how}', _bare(trainer, 1)
-        more = {'n_layers': 3, 'chunk': chunk, 'n_states': chunk, 'dropout': 0.}
-        yield f'block-recurrent, chunk {chunk}', _bare(_trainer('block_recurrent', fields | more, batch_size, length)[0], 1)
+        recurs = step('block_recurrent', n_layers=3, chunk=chunk, n_states=chunk, dropout=0.)
+        yield f'block-recurrent, chunk {chunk}', recurs
 
 def bench_chunks(
     batch_size: int = 64, # strings in a step
