@@ -190,14 +190,14 @@ def _check_curriculum(exp, task, model):
 def _check_value(rule, field, value, seed, task, model):
     "Refuse a number outside of what is trained, and what the model does not take."
     section, _, name = field.partition('.')
-    low, high = isinstance(value, int), None
+    low, high = 1 if isinstance(value, int) else 0, None
     if section == 'task':
         inside = task.splits['train'].difficulty
         window = inside.get(name, inside.get(name.removeprefix('max_')))
         high = window[1] if isinstance(window, tuple) else window
     elif name != 'n_loops': return _try_control(rule, name, value, seed, task, model)
     if value < low or (high is not None and value > high):
-        reach = f'at least {low:d}' if high is None else f'between {low:d} and {high}, where training ends'
+        reach = f'at least {low}' if high is None else f'between {low} and {high}, where training ends'
         raise FieldError(rule, f'{field} = {value}', reach)
 
 def _try_control(rule, name, value, seed, task, model):

@@ -67,9 +67,9 @@ def settable(
         if kind in (int, float): found[f'task.{name}'] = kind
         if kind is int: found[f'task.max_{name}'] = kind
     if 'n_loops' in fields_of(type(model)): found['model.n_loops'] = int
-    forward, all_take = type(model).forward, inspect.signature(SequenceModel.forward).parameters
-    for name, hint in typing.get_type_hints(forward).items():
-        if name not in all_take and _kind(hint): found[f'model.{name}'] = _kind(hint)
+    taken, by_all = (inspect.signature(m.forward).parameters for m in (type(model), SequenceModel))
+    for name, p in taken.items():
+        if name not in by_all and _kind(p.annotation): found[f'model.{name}'] = _kind(p.annotation)
     return found
 
 # %% ../../nbs/05_training/00_curriculum.ipynb #1662a4e9
