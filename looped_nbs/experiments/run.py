@@ -157,7 +157,8 @@ def _steps(train, task):
         raise FieldError('train.epochs', train.epochs, '0: this task draws new problems at every step')
     for name, rules in (('ramps', train.ramps), ('stages', train.stages)):
         for rule in rules:
-            if rule.startswith('task.'): raise FieldError(f'train.{name}', rule, 'one of the model, with epochs')
+            if not rule.startswith('task.'): continue
+            raise FieldError(f'train.{name}', rule, 'one of the model, with epochs')
     (batches, smallest), parts = task.pass_size('train', train.batch_size), train.accumulation * place()[1]
     if smallest < parts:
         size = task.splits['train'].size
