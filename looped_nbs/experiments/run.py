@@ -182,7 +182,8 @@ def _check_curriculum(exp, task, model):
     for ramp in rules.ramps:
         section = ramp.field.partition('.')[0]
         known = [f for f, kind in fields.items() if kind is int and f.startswith(f'{section}.')]
-        if not known: raise FieldError('train.ramps', ramp.field, 'a field of the task: this model has no loops')
+        if not known:
+            raise FieldError('train.ramps', ramp.field, 'a field of the task: this model has no loops')
         one_of('train.ramps', ramp.field, sorted(known))
         for value in (ramp(0), ramp(exp.train.steps - 1)):
             _check_value('train.ramps', ramp.field, value, exp.seed, task, model)
