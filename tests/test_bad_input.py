@@ -13,6 +13,7 @@ PARITY = ('train', '--task', 'parity_check', '--out', 'run')
 LSTM = (*PARITY, '--model', 'lstm')
 TRANSFORMER = (*PARITY, '--model', 'transformer', '--task.test-length', '60')
 LOOPED = (*PARITY, '--model', 'looped_transformer')
+STAIRCASE = (*PARITY, '--model', 'staircase', '--model.d-model', '8')
 COUNTING = ('train', '--task', 'counting_samesymbol', '--model', 'lstm', '--out', 'run')
 REGRESSION = ('train', '--task', 'linear_regression', '--model', 'lstm', '--out', 'run')
 
@@ -111,6 +112,16 @@ NUMBERS = [
     ('train.ramps', 'task.max_length:9:4:1:1', 'towards its end'),
     ('train.ramps', 'task.max_lenght:5:40:1:1', "did you mean 'task.max_length'?"),
     ('train.ramps', 'model.d_model:3:4:1:1', 'no loops'),
+    ('train.stages', 'model.mode:parallel:5', 'one of task.length, task.max_length'),
+    ('train.stages', 'task.max_length:5', 'FIELD:VALUE:STEPS'),
+    ('train.stages', 'task.max_length:5:1:2', 'FIELD:VALUE:STEPS'),
+    ('train.stages', 'task.max_length::5', 'FIELD:VALUE:STEPS'),
+    ('train.stages', 'task.max_length:5:soon', 'FIELD:VALUE:STEPS'),
+    ('train.stages', 'task.max_length:5:0', '1 or more steps'),
+    ('train.stages', 'task.max_length:long:5', 'a whole number as VALUE'),
+    ('train.stages', 'task.max_length:41:5', 'between 1 and 40'),
+    ('train.stages', 'task.max_lenght:5:5', "did you mean 'task.max_length'?"),
+    ('train.stages', 'optim.lr:1:5', 'one of task.length'),
     ('evaluate.examples', '0', 'at least 1'), ('evaluate.every', '0', 'at least 1'),
     ('evaluate.batch-size', '-1', 'at least 1'), ('evaluate.validate-every', '-1', 'at least 0'),
     ('evaluate.select', 'best', "'last'"), ('evaluate.select', 'worst', 'last'),
@@ -212,6 +223,23 @@ COMBINATIONS = [
     ((*REGRESSION, '--task.n-dims', '0'), 'task.n_dims = 0', 'at least 1'),
     ((*REGRESSION, '--task.test-points', '5'), 'task.test_points = 5', 'at least 12'),
     ((*REGRESSION, '--train.ramps', 'task.dims:0:9:1:1'), 'dims = 0', 'between 1 and 5'),
+    ((*STAIRCASE, '--train.stages', 'model.mode:sideways:100'), 'model.mode = sideways', 'staircase',
+     'parallel'),
+    ((*STAIRCASE, '--train.stages', 'model.moed:parallel:100'), "did you mean 'model.mode'?"),
+    ((*STAIRCASE, '--train.stages', 'model.cache:1:100'), "train.stages = 'model.cache'", 'model.mode'),
+    ((*STAIRCASE, '--train.stages', 'model.n_loops:0:100'), 'model.n_loops = 0', 'at least 1'),
+    ((*STAIRCASE, '--model.causal', 'false', '--model.mode', 'parallel', '--train.stages',
+      'model.mode:staircase:9'), 'model.mode = staircase', 'one of parallel'),
+    ((*STAIRCASE, '--train.ramps', 'model.n_loops:1:2:1:9', '--train.stages', 'model.n_loops:1:9'),
+     "train.stages = 'model.n_loops:1:9'", 'one way to set a field'),
+    ((*STAIRCASE, '--train.stages', 'task.length:5:9', 'task.max_length:5:20'), 'one way to set a field'),
+    ((*STAIRCASE, '--train.stages', 'model.mode:parallel:9', 'model.mode:staircase:9'),
+     'after the 9 steps'),
+    ((*STAIRCASE, '--train.ramps', 'model.mode:1:2:1:9'), "train.ramps = 'model.mode'", 'model.n_loops'),
+    (('train', '--task', 'edit_distance', '--model', 'lstm', '--out', 'run', '--train.ramps',
+      'task.side:1:2:1:1'), "train.ramps = 'task.side'", 'one of task.length'),
+    (('train', '--task', 'language_parity', '--model', 'lstm', '--out', 'run', '--train.stages',
+      'task.held_out:true:9'), "train.stages = 'task.held_out'", 'one of task.length'),
 ]
 
 

@@ -52,6 +52,11 @@ ramp = st.builds('{}:{}:{}:{}:{}'.format, st.sampled_from(
     ['task.length', 'task.max_length', 'task.count', 'task.max_count', 'task.points', 'task.dims',
      'model.n_loops',
      'model.d_model', 'optim.lr', 'x']), *[st.integers(-1, 12)] * 4)
+stage = st.builds('{}:{}:{}'.format, st.sampled_from(
+    ['task.length', 'task.max_length', 'task.count', 'task.points', 'task.side', 'task.auxiliary',
+     'model.n_loops', 'model.mode', 'model.cache', 'optim.lr', 'x']),
+    st.one_of(st.integers(-1, 12).map(str), st.sampled_from(['parallel', 'staircase', '0.01', 'nan', ''])),
+    st.integers(-1, 3))
 
 
 def values(name, field):
@@ -59,6 +64,7 @@ def values(name, field):
     short, kind = name.partition('.')[2], str(field.type)
     if short in NAMED: return listed(st.one_of(st.sampled_from(sorted(NAMED[short])), junk))
     if short == 'ramps': return st.lists(st.one_of(ramp, ramp, junk), max_size=2)
+    if short == 'stages': return st.lists(st.one_of(stage, stage, junk), max_size=2)
     if kind.startswith('tuple'): return st.lists(real, min_size=1, max_size=3)
     if name == 'train.steps': return listed(st.one_of(st.sampled_from(['0', '-1']), junk))
     if name == 'train.epochs': return listed(st.one_of(st.just('-1'), junk))  # others are more than one step
@@ -74,6 +80,7 @@ def likely(name, field):
     short, kind, default = name.partition('.')[2], str(field.type), field.default
     if short in NAMED: return listed(st.sampled_from(sorted(NAMED[short])))
     if short == 'ramps': return st.lists(ramp, max_size=1)
+    if short == 'stages': return st.lists(stage, max_size=1)
     if kind.startswith('tuple'): return st.just(list(map(str, default)))
     if name == 'train.epochs': return listed(st.just('0'))
     if name in SLOW: return listed(st.sampled_from(['1'] if name == 'train.steps' else ['1', '2']))

@@ -71,9 +71,10 @@ def test_two_processes_have_the_losses_of_one(two, tmp_path, capsys):
 
 
 def test_two_processes_are_two_micro_batches(tmp_path):
-    "The same rows with the same dropout: equal to the last bit."
-    one = _train(1, tmp_path/'one', model__dropout=0.1, train__accumulation=2)
-    _, weights = _difference(one, _train(2, tmp_path/'two', model__dropout=0.1))
+    "The same rows with the same dropout, in both stages: equal to the last bit."
+    fields = {'model__dropout': 0.1, 'train__stages': 'task.max_count:10:6'}
+    one = _train(1, tmp_path/'one', train__accumulation=2, **fields)
+    _, weights = _difference(one, _train(2, tmp_path/'two', **fields))
     assert weights == 0
 
 

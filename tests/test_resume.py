@@ -1,4 +1,5 @@
 "Runs that are killed, interrupted, damaged or started twice; what is resumed equals what was never stopped."
+import functools
 import gc
 import json
 import os
@@ -13,6 +14,7 @@ from conftest import call, run, start, tree
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
+from looped_nbs.models.chunked import StaircaseTransformer
 from looped_nbs.training import compute
 from looped_nbs.training.loop import Trainer
 from looped_nbs.training.runs import RunFolder
@@ -253,6 +255,56 @@ def test_a_fault_in_the_seed_of_dropout_would_be_seen(tmp_path, unbroken, monkey
     monkeypatch.setattr(Trainer, 'batch', lambda t, split, step, n, **d: batch(t, split, step + 1, n, **d))
     assert call('resume', folder).code == 0
     with pytest.raises(AssertionError): assert_same_run(unbroken, folder)
+
+
+# Stages
+
+STAGED = (*(w if w != 'looped_transformer' else 'staircase' for w in SHORT[:SHORT.index('--train.ramps')]),
+          '--evaluate.validate-every', '3', '--train.stages', 'model.mode:parallel:14', 'task.max_length:3:5',
+          'task.max_length:5:16')
+
+
+@pytest.fixture(scope='module')
+def staged(tmp_path_factory):
+    "A staircase that trains in parallel until step 14, with checkpoints after steps 10, 20 and 24."
+    folder = tmp_path_factory.mktemp('staged')/'run'
+    assert call(*STAGED, '--out', folder).code == 0
+    return folder
+
+
+def test_interrupted_before_a_switch_and_resumed(staged, tmp_path, monkeypatch):
+    folder, ran = tmp_path/'run', []
+    with monkeypatch.context() as patch:
+        compute_ = Trainer.compute
+        def crash(trainer):
+            if trainer.step == 12: raise Crash
+            return compute_(trainer)
+        patch.setattr(Trainer, 'compute', crash)
+        with pytest.raises(Crash): call(*STAGED, '--out', folder)
+    gc.collect()
+    assert newest(folder).name == 'step-00000010'
+    forward = StaircaseTransformer.forward
+    @functools.wraps(forward)
+    def note(model, batch, *args, **controls):
+        if model.training: ran.append(controls.get('mode', model.mode))
+        return forward(model, batch, *args, **controls)
+    monkeypatch.setattr(StaircaseTransformer, 'forward', note)
+    assert call('resume', folder).code == 0
+    assert ran == ['parallel'] * 8 + ['staircase'] * 20  # two micro-batches a step, from step 10
+    assert_same_run(staged, folder)
+
+
+def test_a_stage_changes_what_is_learnt_only_while_it_lasts(staged, tmp_path):
+    """The log of a parallel run is the same up to the switch and differs after it; that of a run without
+    stages differs from the start."""
+    never = [w for w in STAGED if w != 'model.mode:parallel:14']
+    always = [w.replace('parallel:14', 'parallel:24') for w in STAGED]
+    for name, words in (('never', never), ('always', always)):
+        assert call(*words, '--out', tmp_path/name).code == 0
+    mine, never, always = ([line['loss'] for line in lines(folder) if 'loss' in line]
+                           for folder in (staged, tmp_path/'never', tmp_path/'always'))
+    assert mine[:7] == always[:7] and all(a != b for a, b in zip(mine[7:], always[7:], strict=True))
+    assert all(a != b for a, b in zip(mine, never, strict=True))
 
 
 # Damage

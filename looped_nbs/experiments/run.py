@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from ..core.config import PRESETS, Evaluate, Experiment, merge, nest, read_yaml
 from ..core.errors import FieldError, InputError, at_least, one_of
 from ..core.registry import load_plugin, lookup
-from ..core.streams import torch_stream
+from ..core.streams import numpy_stream, torch_stream
 from ..evaluation.generalisation import generalisation, summarise
 from ..evaluation.perplexity import perplexities
 from ..evaluation.report import Table, plot_curves, table
@@ -78,7 +78,7 @@ from looped_nbs.tasks import (  # noqa: F401  register tasks
 from ..tasks.task import TASKS, Task
 from ..training.callbacks import Checkpoints, MetricLog, Progress, WandbLog, find_wandb, restore
 from ..training.compute import CHOSEN
-from ..training.curriculum import Ramp
+from ..training.curriculum import Curriculum, settable
 from ..training.devices import pick_device, pick_threads, place
 from ..training.loop import Callback, Trainer, fit
 from ..training.runs import RunFolder, write_text, writing
@@ -147,7 +147,7 @@ def build(
     for split in exp.evaluate.validate_on: one_of('evaluate.validate_on', split, task.splits)
     one_of('evaluate.choose_by', exp.evaluate.choose_by, ('loss', *task.objective.measures))
     if exp.train.epochs: exp.train.steps = _steps(exp.train, task)
-    for ramp in map(Ramp.parse, exp.train.ramps): _check_ramp(ramp, exp, task)
+    _check_curriculum(exp, task, model)
     if exp.run.track == 'wandb': find_wandb()
     return task, model
 
@@ -155,28 +155,16 @@ def _steps(train, task):
     "The steps of all epochs; only a listed split has epochs."
     if task.splits['train'].problems is None:
         raise FieldError('train.epochs', train.epochs, '0: this task draws new problems at every step')
-    for ramp in train.ramps:
-        if ramp.startswith('task.'): raise FieldError('train.ramps', ramp, 'one of the model, with epochs')
+    for name, rules in (('ramps', train.ramps), ('stages', train.stages)):
+        for rule in rules:
+            if not rule.startswith('task.'): continue
+            raise FieldError(f'train.{name}', rule, 'one of the model, with epochs')
     (batches, smallest), parts = task.pass_size('train', train.batch_size), train.accumulation * place()[1]
     if smallest < parts:
         size = task.splits['train'].size
         allowed = f'one that leaves at least {parts} of {size} problems for the last batch, or none'
         raise FieldError('train.batch_size', train.batch_size, allowed)
     return train.epochs * batches
-
-def _check_ramp(ramp, exp, task):
-    "Refuse a ramp that sets nothing, or that leaves what is trained at its first or last value."
-    section, _, name = ramp.field.partition('.')
-    inside = exp.model.kwargs if section == 'model' else task.splits['train'].difficulty
-    known = {'n_loops'} & set(inside) if section == 'model' else {*inside, *(f'max_{k}' for k in inside)}
-    if not known: raise FieldError('train.ramps', ramp.field, 'a field of the task: this model has no loops')
-    one_of('train.ramps', ramp.field, sorted(f'{section}.{k}' for k in known))
-    window = inside.get(name, inside.get(name.removeprefix('max_')))
-    high = None if section == 'model' else window[1] if isinstance(window, tuple) else window
-    for value in (ramp(0), ramp(exp.train.steps - 1)):
-        if value < 1 or (high is not None and value > high):
-            allowed = 'at least 1' if high is None else f'between 1 and {high}, where training ends'
-            raise FieldError('train.ramps', f'{ramp.field} = {value}', allowed)
 
 def _too_large(exp, error):
     "What to say if task or model could not be built: the largest number is to blame, or the error is a bug."
@@ -186,7 +174,44 @@ def _too_large(exp, error):
     if sizes.get(name, 0) < 10_000: return error
     return FieldError(name, sizes[name], 'less: this machine has not the memory for it')
 
-# %% ../../nbs/08_experiments/05_run.ipynb #45cb512e
+# %% ../../nbs/08_experiments/05_run.ipynb #0782516b
+def _check_curriculum(exp, task, model):
+    "Refuse a ramp or a stage that sets nothing, or that sets it to what cannot be trained."
+    fields = settable(task, model)
+    rules = Curriculum(exp.train.ramps, exp.train.stages, fields)
+    for ramp in rules.ramps:
+        section = ramp.field.partition('.')[0]
+        known = [f for f, kind in fields.items() if kind is int and f.startswith(f'{section}.')]
+        if not known:
+            raise FieldError('train.ramps', ramp.field, 'a field of the task: this model has no loops')
+        one_of('train.ramps', ramp.field, sorted(known))
+        for value in (ramp(0), ramp(exp.train.steps - 1)):
+            _check_value('train.ramps', ramp.field, value, exp.seed, task, model)
+    for s in rules.stages: _check_value('train.stages', s.field, s.value, exp.seed, task, model)
+
+def _check_value(rule, field, value, seed, task, model):
+    "Refuse a number outside of what is trained, and what the model does not take."
+    section, _, name = field.partition('.')
+    low, high = 1 if isinstance(value, int) else 0, None
+    if section == 'task':
+        inside = task.splits['train'].difficulty
+        window = inside.get(name, inside.get(name.removeprefix('max_')))
+        high = window[1] if isinstance(window, tuple) else window
+    elif name != 'n_loops': return _try_control(rule, name, value, seed, task, model)
+    if value < low or (high is not None and value > high):
+        reach = f'at least {low}' if high is None else f'between {low} and {high}, where training ends'
+        raise FieldError(rule, f'{field} = {value}', reach)
+
+def _try_control(rule, name, value, seed, task, model):
+    "Let the model answer an example under a control."
+    batch = task.sample('train', seed, 0, 1)
+    batch.position_ids = model.position_ids(batch, numpy_stream(seed, 'train', 'positions', 0))
+    try:
+        with torch.no_grad(): model.eval()(batch, **{name: value})
+    except FieldError as e: raise FieldError(rule, f'model.{name} = {value}', e.allowed) from None
+    finally: model.train()
+
+# %% ../../nbs/08_experiments/05_run.ipynb #9ae4666c
 @dataclass
 class Run:
     "A finished run: its folder and what was measured."
@@ -235,7 +260,7 @@ class Run:
         s = self.summary
         return f'{s["task"].replace("_", " ")}: {s["inside"]:.2f} inside, {s["beyond"]:.2f} beyond training'
 
-# %% ../../nbs/08_experiments/05_run.ipynb #9ae4666c
+# %% ../../nbs/08_experiments/05_run.ipynb #fc7cfcfc
 def measure(
     experiment: Experiment, # what was run
     task: Task, # its task
@@ -281,7 +306,7 @@ def save(
     with writing(file): run.plot().savefig(file, dpi=150)
     write_text(run.path/f'{run.name}.json', json.dumps(run.summary, indent=1))
 
-# %% ../../nbs/08_experiments/05_run.ipynb #03ca5fb5
+# %% ../../nbs/08_experiments/05_run.ipynb #f1f1be75
 def free_path(
     experiment: Experiment, # what is run
 ) -> Path: # a folder that does not exist yet
@@ -341,7 +366,7 @@ def _same_data(file, task):
     if not file.is_file() or file.read_text() == json.dumps(task.fingerprint): return
     raise InputError(f'{file.parent}: the data of the task are not those that this run began with')
 
-# %% ../../nbs/08_experiments/05_run.ipynb #fc7cfcfc
+# %% ../../nbs/08_experiments/05_run.ipynb #4eff29b5
 def _curve(metrics, score, points=50):
     "Step, loss and headline metric of about so many lines of the log: the learning curve."
     lines = [m for m in metrics if 'loss' in m]
@@ -371,7 +396,7 @@ def _go(trainer, folder, more=()):
         return run
     finally: folder.unlock()
 
-# %% ../../nbs/08_experiments/05_run.ipynb #809405b1
+# %% ../../nbs/08_experiments/05_run.ipynb #64f5c694
 def trained(
     path: str, # a run folder
     overrides: Mapping[str, object] | None = None, # dotted fields of task and evaluate to values

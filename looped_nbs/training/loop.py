@@ -21,7 +21,7 @@ from ..core.errors import FieldError
 from ..core.streams import numpy_stream, torch_stream
 from ..tasks.objectives import add_tallies
 from .compute import choose_products, compile_blocks
-from .curriculum import Curriculum
+from .curriculum import Curriculum, settable
 from .devices import pick_device, place, sum_gradients, sum_over_processes, sum_tallies
 from .optim import build_optimiser, learning_rate, set_rate
 
@@ -61,7 +61,7 @@ class Trainer:
         if experiment.run.linears == 'fastest': choose_products(model, self._rows())
         if experiment.run.compile: compile_blocks(model)
         self.optimiser = build_optimiser(model, experiment.optim)
-        self.curriculum = Curriculum(self.config.ramps)
+        self.curriculum = Curriculum(self.config.ramps, self.config.stages, settable(task, model))
         self.step = 0 # finished steps
         self.last: dict = {} # loss, learning rate and gradient norm of the last step
         self.outputs: list = [] # (output, micro-batch) of the last step
