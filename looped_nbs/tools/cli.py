@@ -519,7 +519,7 @@ def sweep_verb(*,
     engine: Literal['ray', 'wandb'] = 'ray', # who hands out trials: Ray Tune, or agents of Weights & Biases
     address: str = '', # of a running Ray, or of a W&B sweep to join; empty: start one here
     cores: int = 0, # of this machine that work on trials; 0: all
-    gpus: float = 0., # GPUs of a trial, such as 0.25; 0: trials run on CPUs
+    gpus: float = 0., # GPUs of each trial; 0.25: four trials share one; 0: trials run on CPUs
     best: int = 0, # run so many of the best settings of a finished sweep again; 0: run the sweep
     seeds: int = 5, # new seeds of each of the best
     json: bool = False, # print JSON in place of a table
