@@ -553,7 +553,7 @@ def run_sweep(
     new = max(0, search.cap - len(sweep.trials)) if search.method == 'bayes' else 0
     if not sweep.missing() and not new: return write_results(sweep)
     ray = find_ray()
-    if search.method == 'bayes': installed('optuna', 'method', 'bayes', 'grid or random', 'optuna')
+    if search.method == 'bayes': installed('optuna', 'method', 'bayes', 'grid or random', 'looped_nbs[sweep]')
     example = experiment_of(sweep.trials[0]['settings'] if sweep.trials else search.drawn(0))
     resources = {'cpu': max(1, example.run.threads), 'gpu': gpus}
     _connect(ray, address, cores)

@@ -536,8 +536,8 @@ def sweep_verb(*,
     states = [r['state'] for r in rows]
     failed = states.count('failed')
     missing = len(states) - failed - states.count('finished') - states.count('stopped')
-    for count, what in ((failed, 'failed'), (missing, 'are missing')):
-        again = f'looped: {count} of {len(rows)} trials {what}; the same command tries again'
+    for count, what, then in ((failed, 'failed', 'tries again'), (missing, 'are missing', 'goes on')):
+        again = f'looped: {count} of {len(rows)} trials {what}; the same command {then}'
         if count: print(again, file=sys.stderr)
     return int(failed + missing > 0)
 
