@@ -292,36 +292,6 @@ def test_early_stopping_remembers(here):
     assert 'given up after 20 steps' in Sweep.open('out').trials[1]['reason']
 
 
-PLUGIN = """
-import os, time
-from pathlib import Path
-if 'RAY_RAYLET_PID' in os.environ: # not in the driver
-    place = Path('seen')/str(os.getpid())
-    place.write_text(os.environ.get('CUDA_VISIBLE_DEVICES', 'none'))
-    limit = time.monotonic() + 60
-    while len(list(place.parent.iterdir())) < 2 and time.monotonic() < limit: time.sleep(.1)
-"""
-
-
-def test_parts_of_a_gpu(here):
-    "Two trials at a time on one logical GPU, and what no machine has is refused in one line."
-    pytest.importorskip('ray', reason="needs the extra: pip install 'looped_nbs[sweep]'")
-    from ray.cluster_utils import Cluster
-    (here/'plugin.py').write_text(PLUGIN)
-    (here/'seen').mkdir()
-    fields = {'seed': {'values': [0, 1]}, 'run__plugins': {'value': [str(here/'plugin.py')]}}
-    cluster = Cluster(initialize_head=True, head_node_args={'num_cpus': 2, 'num_gpus': 1})
-    try:
-        words = ('sweep', write(here, GRID | space(**fields)), '--out', 'out', '--address', cluster.address)
-        for much, why in ((2, 'at most 1'), (1.5, 'a part of one GPU, or a whole number')):
-            answer = run(*words, '--gpus', much)
-            assert (answer.code, answer.err.count('\n')) == (2, 1) and why in answer.err, answer.err
-        answer = run(*words, '--gpus', .5, timeout=200)
-    finally: cluster.shutdown()
-    assert answer.code == 0, answer.err
-    assert [p.read_text() for p in (here/'seen').iterdir()] == ['0', '0']
-
-
 def test_what_a_machine_does_not_have():
     pytest.importorskip('ray', reason="needs the extra: pip install 'looped_nbs[sweep]'")
     none = SimpleNamespace(nodes=lambda: [{'Alive': True, 'Resources': {'CPU': 2.}}])
