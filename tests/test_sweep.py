@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,9 @@ import yaml
 from conftest import call, run, start, tree
 
 from looped_nbs.experiments import sweep as sweeps
-from looped_nbs.experiments.sweep import Sweep, best_again, open_sweep, rows, run_trial
+from looped_nbs.experiments.sweep import Sweep, Tell, best_again, open_sweep, rows, run_trial
+from looped_nbs.training.loop import Callback
+from looped_nbs.training.runs import RunFolder
 
 SPACE = {
     'preset': {'value': 'chunked/parity_check/lstm'}, 'task.max_length': {'value': 3},
@@ -169,9 +172,48 @@ def test_more_trials_keep_those_that_are_there(here):
     assert len({t['settings']['optim.lr'] for t in longer.trials}) == 4
 
 
+class Cut(Callback):
+    "End training after some steps as a crash does."
+    def __init__(self, step): self.step = step
+
+    def on_step(self, trainer):
+        if trainer.step == self.step: raise RuntimeError('the power is gone')
+
+
+def test_a_resumed_trial_tells_what_it_had_logged(here):
+    "The scheduler of a resumed sweep hears of every value in its place, also of those before the crash."
+    sweep, told = open_sweep(write(here, GRID), 'out'), []
+    with pytest.raises(RuntimeError): run_trial(sweep, 0, [Cut(24)])
+    run_trial(sweep, 0, [Tell(RunFolder(sweep.folder(0)), 'loss', told.append)])
+    assert [(t['iteration'], t['step']) for t in told] == [(n, 2 * n) for n in range(1, 21)]
+
+
+def test_best_again_after_a_kill(here):
+    "What is finished of the best settings is not missing when the same command comes again."
+    file = write(here, GRID | space(optim__lr={'values': [.01, .02]}, seed={'value': 0}))
+    sweep = open_sweep(file, 'out')
+    sweep.save()
+    for number in sweep.missing(): run_trial(sweep, number)
+    again = best_again(sweep, 2, 2)
+    again.save()
+    run_trial(again, 1)
+    then = best_again(open_sweep(file, 'out'), 2, 2)
+    assert (then.path, then.trials, then.missing()) == (again.path, again.trials, [0, 2, 3])
+
+
 # Ray
 
 def finished(folder): return {p: p.stat().st_mtime_ns for p in folder.glob('trial_*/summary.json')}
+
+
+def kill_after(trials, *words):
+    "Start a sweep and kill its driver with -9 when so many trials are finished."
+    driver, limit = start(*words), time.monotonic() + 150
+    while len(finished(Path('out'))) < trials and driver.poll() is None and time.monotonic() < limit:
+        time.sleep(.1)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.communicate()
+    return finished(Path('out'))
 
 
 def test_killed_driver(here):
@@ -179,17 +221,12 @@ def test_killed_driver(here):
     pytest.importorskip('ray', reason="needs the extra: pip install 'looped_nbs[sweep]'")
     fields = {'train__steps': {'value': 200}, 'optim__lr': {'values': [.01, 1e30, .02, .03]}}
     words = ('sweep', write(here, GRID | space(**fields)), '--out', 'out', '--cores', 1)
-    driver = start(*words)
-    limit = time.monotonic() + 100
-    while not finished(here/'out') and driver.poll() is None and time.monotonic() < limit: time.sleep(.1)
-    os.kill(driver.pid, signal.SIGKILL)
-    driver.communicate()
-    before = finished(here/'out')
+    before = kill_after(1, *words)
     assert 1 <= len(before) < 3
     answer = run(*words, timeout=200)
     assert answer.code == 1 and '1 of 4 trials failed' in answer.err, answer.err
-    after = finished(here/'out')
-    assert len(after) == 3 and {p: after[p] for p in before} == before
+    after = finished(Path('out'))
+    assert len(after) == 3 and before.items() <= after.items()
     found = list(csv.DictReader(open(here/'out'/'results.csv')))
     assert [r['state'] for r in found] == ['finished', 'failed', 'finished', 'finished']
     assert 'Diverged' in found[1]['reason'] and float(found[3]['beyond']) >= 0
@@ -198,9 +235,66 @@ def test_killed_driver(here):
     assert (here/'out'/'results.png').stat().st_size > 5000 and not (here/'out'/'.ray').exists()
 
 
+def test_killed_driver_of_a_bayesian_search(here):
+    "It goes on with what it knows: finished trials stay, the total is right, no point is tried twice."
+    pytest.importorskip('ray', reason="needs the extra: pip install 'looped_nbs[sweep]'")
+    pytest.importorskip('optuna', reason="needs the extra: pip install 'looped_nbs[sweep]'")
+    rate = {'distribution': 'log_uniform_values', 'min': .001, 'max': .1}
+    fields = {'train__steps': {'value': 200}, 'optim__lr': rate, 'seed': {'value': 0}}
+    search = {'method': 'bayes', 'run_cap': 6} | space(**fields)
+    words = ('sweep', write(here, GRID | search), '--out', 'out', '--cores', 1)
+    before = kill_after(2, *words)
+    known = Sweep.open('out').trials
+    assert 2 <= len(before) < 6 and len(before) <= len(known) < 6
+    answer = run(*words, timeout=200)
+    assert answer.code == 0, answer.err
+    after, trials = finished(Path('out')), Sweep.open('out').trials
+    assert len(after) == len(trials) == 6 and before.items() <= after.items()
+    assert [t['settings'] for t in trials[:len(known)]] == [t['settings'] for t in known]
+    assert len({t['settings']['optim.lr'] for t in trials}) == 6
+
+
+def test_a_bayesian_search_learns_from_the_disk(here):
+    "The values of finished and of stopped trials are told to the study; failed ones have none."
+    pytest.importorskip('optuna', reason="needs the extra: pip install 'looped_nbs[sweep]'")
+    rate = {'distribution': 'log_uniform_values', 'min': .001, 'max': .1}
+    search = {'method': 'bayes', 'run_cap': 9, 'metric': {'name': 'loss', 'goal': 'minimize'}}
+    sweep = open_sweep(write(here, GRID | search | space(optim__lr=rate)), 'out')
+    study = sweeps._Study(sweep)
+    for number in range(4): assert study.suggest() == number
+    run_trial(sweep, 0)
+    for number, state in ((1, 'stopped'), (2, 'failed')):
+        with pytest.raises(RuntimeError): run_trial(sweep, number, [Cut(24)])
+        sweep.trials[number]['state'] = state
+    again = sweeps._Study(open_sweep('file.yaml', 'out')) # as saved before the states were known
+    assert [t.value for t in again.study.trials] == [RunFolder('out/trial_000').metrics()[-1]['loss']]
+    sweep.save()
+    again = sweeps._Study(open_sweep('file.yaml', 'out'))
+    last = [RunFolder(sweep.folder(n)).metrics()[-1] for n in range(2)]
+    assert [t.value for t in again.study.trials] == [m['loss'] for m in last]
+    assert [t.params for t in again.study.trials] == [t['point'] for t in sweep.trials[:2]]
+    assert again.suggest() == 4 and again.sweep.trials[4]['point'] not in [t['point'] for t in sweep.trials]
+
+
+def test_early_stopping_remembers(here):
+    "Trials that run after a resume are given up behind those that finished before it."
+    pytest.importorskip('ray', reason="needs the extra: pip install 'looped_nbs[sweep]'")
+    search = {'metric': {'name': 'loss', 'goal': 'minimize'},
+              'early_terminate': {'type': 'hyperband', 'min_iter': 10, 'eta': 2}}
+    fields = {'seed': {'value': 0}, 'train__batch_size': {'value': 16}, 'optim__lr': {'values': [.03, 1e-9]}}
+    file = write(here, GRID | search | space(**fields))
+    sweep = open_sweep(file, 'out')
+    sweep.save()
+    run_trial(sweep, 0)
+    answer = run('sweep', file, '--out', 'out', '--cores', 1, timeout=200)
+    assert answer.code == 0, answer.err
+    assert [r['state'] for r in rows(Sweep.open('out'))] == ['finished', 'stopped']
+    assert 'given up after 20 steps' in Sweep.open('out').trials[1]['reason']
+
+
 def test_what_a_machine_does_not_have():
     pytest.importorskip('ray', reason="needs the extra: pip install 'looped_nbs[sweep]'")
-    none = SimpleNamespace(cluster_resources=lambda: {'CPU': 2.})
+    none = SimpleNamespace(nodes=lambda: [{'Alive': True, 'Resources': {'CPU': 2.}}])
     with pytest.raises(ValueError, match='gpus = 0.5: allowed is at most 0'):
         sweeps._check_resources(none, 1, .5)
     assert sweeps._check_resources(none, 2, 0.) is None

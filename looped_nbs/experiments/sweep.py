@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
@@ -316,19 +316,21 @@ class Tell(Callback):
             f.seek(self.read)
             lines = [json.loads(line) for line in f]
             self.read = f.tell()
-        for line in lines: self.latest |= line
-        self.latest['iteration'] += sum(self.metric in line for line in lines)
-        self.tell(dict(self.latest))
+        for line in lines: # several where a run was resumed
+            self.latest |= line
+            self.latest['iteration'] += self.metric in line
+            self.tell(dict(self.latest))
 
 # %% ../../nbs/08_experiments/07_sweep.ipynb #c1fa1866
 def _work(config):
     "One trial in a worker process of Ray; it returns what was measured, or why there is nothing."
     from ray import tune
     os.chdir(config['cwd'])
-    sweep, number, told = Sweep.open(config['sweep']), config['trial'], [0.]
-    def tell(latest):
-        if not sweep.search.early and time.monotonic() - told[0] < 1: return  # it is only shown
-        told[0] = time.monotonic()
+    sweep, number, told = Sweep.open(config['sweep']), config['trial'], [0]
+    def tell(latest): # every value that may end the trial; once a second what is only shown
+        now = latest['iteration'] if sweep.search.early else int(time.monotonic())
+        if now == told[0]: return
+        told[0] = now
         tune.report(latest)
     watch = Tell(RunFolder(sweep.folder(number)), sweep.search.metric, tell)
     try: return measured(run_trial(sweep, number, [watch], **config['run'])) | {'state': 'finished'}
@@ -371,16 +373,21 @@ def _connect(ray, address, cores):
         raise FieldError('address', address, f'that of a running Ray ({_reason(e)})') from None
 
 def _check_resources(ray, cpus, gpus):
-    "Refuse what the cluster will never have, rather than wait for it."
-    have = ray.cluster_resources()
+    "Refuse what no machine of the cluster will ever have, rather than wait for it."
+    nodes = [node['Resources'] for node in ray.nodes() if node['Alive']]
     for name, field, wanted in (('GPU', 'gpus', gpus), ('CPU', 'run.threads', cpus)):
-        most = have.get(name, 0)
-        if wanted > most: raise FieldError(field, wanted, f'at most {most:g}: Ray found {most:g} {name}s')
+        most = max((node.get(name, 0) for node in nodes), default=0)
+        allowed = f'at most {most:g}: Ray found no machine with more {name}s'
+        if wanted > most: raise FieldError(field, wanted, allowed)
+    if not any(node.get('GPU', 0) >= gpus and node.get('CPU', 0) >= cpus for node in nodes):
+        raise FieldError('gpus', gpus, f'what one machine has beside {cpus} CPUs')
 
 # %% ../../nbs/08_experiments/07_sweep.ipynb #675e86bf
 class _Watch:
     "Note in the driver how trials end, and show how they go; Ray calls its methods."
-    def __init__(self, sweep, bar): self.sweep, self.bar, self.running, self.top = sweep, bar, {}, None
+    def __init__(self, sweep, bar):
+        self.sweep, self.bar, self.running, self.top = sweep, bar, {}, None
+        for row in rows(sweep): self._compare(row['trial'], row[sweep.search.metric])
 
     def on_trial_result(self, iteration, trials, trial, result, **info):
         number = trial.config['trial']
@@ -398,16 +405,20 @@ class _Watch:
 
     def _end(self, trial, state, reason, last):
         "Keep how a trial ended, and where it ran."
-        number, search = trial.config['trial'], self.sweep.search
+        number = trial.config['trial']
         where = f'{last.get("node_ip", "")}:{last.get("pid", "")}'
         ended = {'state': state, 'reason': reason, 'worker': where}
         self.sweep.trials[number] |= ended
         self.sweep.save()
         self.running.pop(number, None)
         self.bar.update()
-        value, sign = last.get(search.metric), 1 if search.goal == 'maximize' else -1
-        better = state == 'finished' and (self.top is None or sign * value > sign * self.top[0])
-        if better: self.top = value, number
+        if state == 'finished': self._compare(number, last.get(self.sweep.search.metric))
+
+    def _compare(self, number, value):
+        "Keep the best trial and what it reached."
+        if value is None or math.isnan(value): return
+        sign = 1 if self.sweep.search.goal == 'maximize' else -1
+        if self.top is None or sign * value > sign * self.top[0]: self.top = value, number
 
     def _show(self):
         "The best so far, and the steps of those that run."
@@ -416,53 +427,93 @@ class _Watch:
         self.bar.set_postfix_str(', '.join(filter(None, [best, *steps])))
 
 # %% ../../nbs/08_experiments/07_sweep.ipynb #bbea99eb
+def _logged(sweep, number):
+    "What a trial logged of the metric, from the first value to the last."
+    metric = sweep.search.metric
+    return [line[metric] for line in RunFolder(sweep.folder(number)).metrics() if metric in line]
+
+def _halving(sweep, goal):
+    "A scheduler of Ray that gives up what falls behind, also behind the trials that ended before."
+    from ray.tune.schedulers import ASHAScheduler
+    early = sweep.search.early
+    scheduler = ASHAScheduler(time_attr='iteration', max_t=10 ** 9, grace_period=early['first'],
+                              reduction_factor=early['eta'], **goal)
+    for number in range(len(sweep.trials)):
+        if sweep.state(number) not in ('finished', 'stopped'): continue
+        before = SimpleNamespace(trial_id=f'before-{number}')
+        scheduler.on_trial_add(None, before)
+        for count, value in enumerate(_logged(sweep, number), 1):
+            scheduler.on_trial_result(None, before, {'iteration': count, sweep.search.metric: value})
+    return scheduler
+
+# %% ../../nbs/08_experiments/07_sweep.ipynb #c97c3bea
 def _tune(sweep, bar, config, resources, searcher=None, samples=1):
     "Let Ray Tune run trials: the numbers in the configuration, or what a searcher suggests."
     from ray import tune
-    from ray.tune.schedulers import ASHAScheduler
     goal = {'metric': sweep.search.metric, 'mode': sweep.search.goal.removesuffix('imize')}
-    early, scheduler = sweep.search.early, None
-    if early: scheduler = ASHAScheduler(time_attr='iteration', max_t=10 ** 9, grace_period=early['first'],
-                                        reduction_factor=early['eta'], **goal)
     watch = type('Watch', (_Watch, tune.Callback), {})(sweep, bar)
     shutil.rmtree(sweep.path/'.ray', ignore_errors=True)
+    chosen = tune.TuneConfig(search_alg=searcher, num_samples=samples, reuse_actors=True,
+                             scheduler=_halving(sweep, goal) if sweep.search.early else None)
     tuner = tune.Tuner(
-        tune.with_resources(_work, resources), param_space=config,
-        tune_config=tune.TuneConfig(search_alg=searcher, scheduler=scheduler, num_samples=samples,
-                                    reuse_actors=True),
+        tune.with_resources(_work, resources), param_space=config, tune_config=chosen,
         run_config=tune.RunConfig(name='tune', storage_path=str(sweep.path.resolve()/'.ray'), verbose=0,
                                   callbacks=[watch]))
     tuner.fit()
     shutil.rmtree(sweep.path/'.ray', ignore_errors=True)
 
-def _suggestions(sweep, config):
-    "A searcher of Ray that numbers what Optuna suggests and enters it into the sweep."
-    from ray import tune
-    from ray.tune.search import Searcher
-    from ray.tune.search.optuna import OptunaSearch
-    p, names = sweep.search.parameters, sweep.search.varied()
-    space = {n: tune.uniform(1e-9, 1 - 1e-9) if p[n].values is None else tune.choice(range(len(p[n].values)))
-             for n in names}
-    goal = {'metric': sweep.search.metric, 'mode': sweep.search.goal.removesuffix('imize')}
-    optuna = OptunaSearch(OptunaSearch.convert_search_space(space), seed=0, **goal)
-    for row, trial in zip(rows(sweep), sweep.trials, strict=True):
-        value = row[sweep.search.metric]
-        if value is not None and not math.isnan(value): optuna.add_evaluated_point(trial['point'], value)
+# %% ../../nbs/08_experiments/07_sweep.ipynb #f991392a
+def _reached(sweep, number):
+    "The metric of a finished trial, the last value of one that was given up, or None."
+    state = sweep.state(number)
+    if state == 'finished': return measured(Run.open(sweep.folder(number)))[sweep.search.metric]
+    return next(reversed(_logged(sweep, number)), None) if state == 'stopped' else None
 
-    class Numbered(Searcher):
+# %% ../../nbs/08_experiments/07_sweep.ipynb #a660c5e2
+class _Study:
+    "What Optuna knows of a sweep, and what it suggests next."
+    def __init__(self, sweep):
+        import optuna
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        of = optuna.distributions
+        p, self.sweep, self.frozen = sweep.search.parameters, sweep, optuna.trial.create_trial
+        self.space = {n: of.FloatDistribution(1e-9, 1 - 1e-9) if p[n].values is None
+                      else of.CategoricalDistribution(range(len(p[n].values))) for n in sweep.search.varied()}
+        sampler = optuna.samplers.TPESampler(seed=len(sweep.trials))
+        self.study = optuna.create_study(direction=sweep.search.goal, sampler=sampler)
+        for number in range(len(sweep.trials)): self.learn(number, _reached(sweep, number))
+
+    def learn(self, number, value):
+        "Note what a trial reached, unless it reached nothing."
+        if value is None or math.isnan(value): return
+        point = self.sweep.trials[number]['point']
+        self.study.add_trial(self.frozen(params=point, distributions=self.space, value=value))
+
+    def suggest(self):
+        "Enter a new trial into the sweep and return its number."
+        point = self.study.ask(self.space).params
+        settings = {n: q.at(.5) if n not in point else q.quantile(point[n]) if q.values is None
+                    else q.values[point[n]] for n, q in self.sweep.search.parameters.items()}
+        self.sweep.trials.append({'settings': settings, 'state': 'waiting', 'point': point})
+        self.sweep.save()
+        return len(self.sweep.trials) - 1
+
+# %% ../../nbs/08_experiments/07_sweep.ipynb #6b13be53
+def _suggestions(sweep, config):
+    "A searcher of Ray that hands out missing trials, then new ones."
+    from ray.tune.search import Searcher
+    study, missing, given = _Study(sweep), sweep.missing(), {}
+    metric, mode = sweep.search.metric, sweep.search.goal.removesuffix('imize')
+    class Numbers(Searcher):
         def suggest(self, trial_id):
-            point = optuna.suggest(trial_id)
-            settings = {n: q.at(.5) if n not in point else q.quantile(point[n]) if q.values is None
-                        else q.values[point[n]] for n, q in p.items()}
-            sweep.trials.append({'settings': settings, 'state': 'waiting', 'point': point})
-            sweep.save()
-            return config | {'trial': len(sweep.trials) - 1}
+            given[trial_id] = missing.pop(0) if missing else study.suggest()
+            return config | {'trial': given[trial_id]}
 
         def on_trial_complete(self, trial_id, result=None, error=False):
-            optuna.on_trial_complete(trial_id, result, error or (result or {}).get('state') == 'failed')
-    return Numbered(**goal)
+            study.learn(given[trial_id], (result or {}).get(metric))
+    return Numbers(metric, mode)
 
-# %% ../../nbs/08_experiments/07_sweep.ipynb #c97c3bea
+# %% ../../nbs/08_experiments/07_sweep.ipynb #cff33c4c
 def _release(sweep, seconds=60):
     "Wait until the workers of a driver that was killed have let go of their trials."
     for run in (RunFolder(sweep.folder(n)) for n in sweep.missing()):
@@ -476,31 +527,33 @@ def _release(sweep, seconds=60):
         run.unlock()
 
 def _run_missing(sweep, run, resources, new, progress):
-    "Run the trials that are missing, then as many new ones as a searcher may suggest."
+    "Run the trials that are missing, and as many new ones as a Bayesian search may suggest."
     from ray import tune
     config = {'sweep': str(sweep.path.resolve()), 'cwd': str(Path.cwd()), 'run': run}
     missing = sweep.missing()
     total, done = len(sweep.trials) + new, len(sweep.trials) - len(missing)
     with tqdm(total=total, initial=done, unit='trial', disable=not progress) as bar:
-        if missing: _tune(sweep, bar, config | {'trial': tune.grid_search(missing)}, resources)
-        if new > 0: _tune(sweep, bar, {}, resources, _suggestions(sweep, config), new)
+        if sweep.search.method == 'bayes':
+            _tune(sweep, bar, {}, resources, _suggestions(sweep, config), len(missing) + new)
+        else: _tune(sweep, bar, config | {'trial': tune.grid_search(missing)}, resources)
 
 def run_sweep(
     sweep: Sweep, # what open_sweep or best_again found
     address: str = '', # of a running Ray, such as 10.0.0.1:6379; empty: the cores of this machine
     cores: int = 0, # of this machine to use; 0: all
-    gpus: float = 0., # GPUs of a trial, such as 0.25; 0: trials run on CPUs
+    gpus: float = 0., # GPUs of each trial; 0.25: four trials share one; 0: trials run on CPUs
     progress: bool = True, # show a progress bar
 ) -> list[dict]: # one row a trial
     "Run every trial of a sweep that is not finished; one that fails is noted and the others go on."
     at_least('gpus', gpus, 0), at_least('cores', cores, 0)
+    if gpus > 1 and gpus % 1: raise FieldError('gpus', gpus, 'a part of one GPU, or a whole number')
     if cores and address:
         raise FieldError('cores', cores, 'absent beside an address: the cluster has its own')
     search = sweep.search
-    new = search.cap - len(sweep.trials) if search.method == 'bayes' else 0
-    if not sweep.missing() and new <= 0: return write_results(sweep)
+    new = max(0, search.cap - len(sweep.trials)) if search.method == 'bayes' else 0
+    if not sweep.missing() and not new: return write_results(sweep)
     ray = find_ray()
-    if search.method == 'bayes': installed('optuna', 'method', 'bayes', 'grid or random', 'optuna')
+    if search.method == 'bayes': installed('optuna', 'method', 'bayes', 'grid or random', 'looped_nbs[sweep]')
     example = experiment_of(sweep.trials[0]['settings'] if sweep.trials else search.drawn(0))
     resources = {'cpu': max(1, example.run.threads), 'gpu': gpus}
     _connect(ray, address, cores)
@@ -517,7 +570,7 @@ def run_sweep(
     lock.unlock()
     return found
 
-# %% ../../nbs/08_experiments/07_sweep.ipynb #f991392a
+# %% ../../nbs/08_experiments/07_sweep.ipynb #799bfd44
 def find_wandb_account() -> ModuleType: # the module
     "Import Weights & Biases and make sure that its server can be asked."
     wandb = installed('wandb', 'engine', 'wandb', 'ray', 'looped_nbs[track]')

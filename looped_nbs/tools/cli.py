@@ -519,7 +519,7 @@ def sweep_verb(*,
     engine: Literal['ray', 'wandb'] = 'ray', # who hands out trials: Ray Tune, or agents of Weights & Biases
     address: str = '', # of a running Ray, or of a W&B sweep to join; empty: start one here
     cores: int = 0, # of this machine that work on trials; 0: all
-    gpus: float = 0., # GPUs of a trial, such as 0.25; 0: trials run on CPUs
+    gpus: float = 0., # GPUs of each trial; 0.25: four trials share one; 0: trials run on CPUs
     best: int = 0, # run so many of the best settings of a finished sweep again; 0: run the sweep
     seeds: int = 5, # new seeds of each of the best
     json: bool = False, # print JSON in place of a table
@@ -536,8 +536,8 @@ def sweep_verb(*,
     states = [r['state'] for r in rows]
     failed = states.count('failed')
     missing = len(states) - failed - states.count('finished') - states.count('stopped')
-    for count, what in ((failed, 'failed'), (missing, 'are missing')):
-        again = f'looped: {count} of {len(rows)} trials {what}; the same command tries again'
+    for count, what, then in ((failed, 'failed', 'tries again'), (missing, 'are missing', 'goes on')):
+        again = f'looped: {count} of {len(rows)} trials {what}; the same command {then}'
         if count: print(again, file=sys.stderr)
     return int(failed + missing > 0)
 
