@@ -370,7 +370,8 @@ def _connect(ray, address, cores):
     try: ray.init(address=address or 'local', **quiet, **({} if address else own))
     except (ConnectionError, ValueError, RuntimeError) as e:
         if not address: raise
-        raise FieldError('address', address, f'that of a running Ray ({_reason(e)})') from None
+        token = '' if 'RAY_AUTH_MODE' in os.environ else ', with RAY_AUTH_MODE=token if it asks for a token'
+        raise FieldError('address', address, f'that of a running Ray{token} ({_reason(e)})') from None
 
 def _check_resources(ray, cpus, gpus):
     "Refuse what no machine of the cluster will ever have, rather than wait for it."
