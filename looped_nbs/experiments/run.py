@@ -30,6 +30,7 @@ from looped_nbs.experiments import (  # noqa: F401  registers presets
     demo,
     fastweight,
     icl,
+    suite,
     timestep,
     timestep_published,
     timestep_text,
