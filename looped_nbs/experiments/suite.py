@@ -53,8 +53,8 @@ _SMOKE = _SHORT | {'model.d_model': 32, 'train.steps': 200, 'train.batch_size': 
 _DESK = _SHORT | {'model.d_model': 64, 'train.batch_size': 64}
 _COLUMNS = { # of the table: the preset, its learning rate and steps, and other fields
     'rnn': ('rnn', 1e-3, 2000, {}),
-    'stack-rnn': ('stack_rnn', 3e-3, 2000, {}),
-    'tape-rnn': ('tape_rnn', 2e-3, 2500, {}),
+    'stack-rnn': ('stack_rnn', 3e-3, 1500, {}),
+    'tape-rnn': ('tape_rnn', 2e-3, 1500, {}),
     'transformer': ('transformer_relative', 1e-3, 1200, {'model.n_layers': 3, 'model.dropout': 0.}),
     'lstm': ('lstm', 3e-3, 2000, {}),
 }
