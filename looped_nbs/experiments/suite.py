@@ -33,13 +33,18 @@ _MODELS = {
     **{f'transformer_{encoding.lower()}': _encoder(encoding.lower()) for encoding in ENCODINGS},
 }
 
+_DECODER = {'name': 'encoder_decoder', 'd_model': 64, 'n_layers': 5, 'n_heads': 8, 'dropout': 0.1,
+            'positions': ENCODINGS['SIN_COS'], 'attention_bias': False, 'norm': 'post',
+            'final_norm': False, 'norm_type': 'layer', 'shared': False, 'tied': False}
+
 def _register():
     "Enter the presets of the suite: the middle one of the published learning rates."
     for task in TASKS:
-        for name, model in _MODELS.items():
+        for name, model in (_MODELS | {'encoder_decoder': _DECODER}).items():
             described = f'{task}, strings of 1 to 40; {name}, as published'.replace('_', ' ')
+            coding = 'decoder' if name == 'encoder_decoder' else 'tape'
             register_preset(f'suite/{task}/{name}', described,
-                            task={'name': task, 'coding': 'tape', 'test_length': 500}, model=model,
+                            task={'name': task, 'coding': coding, 'test_length': 500}, model=model,
                             optim={'name': 'adam', 'lr': 3e-4},
                             train={'steps': 1_000_000, 'batch_size': 128},
                             evaluate={'examples': 512, 'every': 10})
@@ -53,8 +58,8 @@ _SMOKE = _SHORT | {'model.d_model': 32, 'train.steps': 200, 'train.batch_size': 
 _DESK = _SHORT | {'model.d_model': 64, 'train.batch_size': 64}
 _COLUMNS = { # of the table: the preset, its learning rate and steps, and other fields
     'rnn': ('rnn', 1e-3, 2000, {}),
-    'stack-rnn': ('stack_rnn', 3e-3, 1500, {}),
-    'tape-rnn': ('tape_rnn', 2e-3, 1500, {}),
+    'stack-rnn': ('stack_rnn', 3e-3, 2000, {}),
+    'tape-rnn': ('tape_rnn', 2e-3, 2500, {}),
     'transformer': ('transformer_relative', 1e-3, 1200, {'model.n_layers': 3, 'model.dropout': 0.}),
     'lstm': ('lstm', 3e-3, 2000, {}),
 }
