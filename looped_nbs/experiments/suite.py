@@ -10,7 +10,7 @@ from ..core.config import PRESETS, register_preset, register_study
 from . import chunked  # noqa: F401  registers the ancestor's encoders
 from ..interop.chunked import ENCODINGS
 
-# %% ../../nbs/08_experiments/02a_suite.ipynb #2e16a676
+# %% ../../nbs/08_experiments/02a_suite.ipynb #6a99a3e1
 LEVELS = {
     'regular': ('even_pairs', 'modular_arithmetic', 'parity_check', 'cycle_navigation'),
     'context-free': ('stack_manipulation', 'reverse_string', 'modular_arithmetic_brackets', 'solve_equation'),
@@ -19,7 +19,7 @@ LEVELS = {
 }
 TASKS = sum(LEVELS.values(), ())
 
-# %% ../../nbs/08_experiments/02a_suite.ipynb #6a99a3e1
+# %% ../../nbs/08_experiments/02a_suite.ipynb #d91b4c2a
 def _encoder(encoding):
     "The ancestor's encoder with one of its encodings of positions."
     return PRESETS[f'chunked/parity_check/ancestor_{encoding}']['config']['model']
@@ -51,15 +51,15 @@ def _register():
 
 _register()
 
-# %% ../../nbs/08_experiments/02a_suite.ipynb #d91b4c2a
+# %% ../../nbs/08_experiments/02a_suite.ipynb #a4795b95
 _SHORT = {'task.max_length': 10, 'task.test_length': 40, 'evaluate.every': 6}
 _SMOKE = _SHORT | {'model.d_model': 32, 'train.steps': 200, 'train.batch_size': 32, 'optim.lr': 3e-3,
                    'evaluate.examples': 64}
 _DESK = _SHORT | {'model.d_model': 64, 'train.batch_size': 64}
 _COLUMNS = { # of the table: the preset, its learning rate and steps, and other fields
     'rnn': ('rnn', 1e-3, 2000, {}),
-    'stack-rnn': ('stack_rnn', 3e-3, 2000, {}),
-    'tape-rnn': ('tape_rnn', 2e-3, 2500, {}),
+    'stack-rnn': ('stack_rnn', 3e-3, 1500, {}),
+    'tape-rnn': ('tape_rnn', 2e-3, 1500, {}),
     'transformer': ('transformer_relative', 1e-3, 1200, {'model.n_layers': 3, 'model.dropout': 0.}),
     'lstm': ('lstm', 3e-3, 2000, {}),
 }
