@@ -53,7 +53,7 @@ _register()
 
 # %% ../../nbs/08_experiments/02a_suite.ipynb #a4795b95
 _SHORT = {'task.max_length': 10, 'task.test_length': 40, 'evaluate.every': 6}
-_SMOKE = _SHORT | {'model.d_model': 32, 'train.steps': 200, 'train.batch_size': 32, 'optim.lr': 3e-3,
+_SMOKE = _SHORT | {'model.d_model': 32, 'train.steps': 600, 'train.batch_size': 32, 'optim.lr': 5e-3,
                    'evaluate.examples': 64}
 _DESK = _SHORT | {'model.d_model': 64, 'train.batch_size': 64}
 _COLUMNS = { # of the table: the preset, its learning rate and steps, and other fields
