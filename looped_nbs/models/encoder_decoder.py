@@ -150,7 +150,7 @@ class EncoderDecoder(SequenceModel):
         attention_bias: bool = True, # have the linear maps of attention a bias?
         dropout: float = 0., # of embeddings, attention weights, inner layers and branches, a probability
         shared: bool | None = None, # have source and target one embedding? none: if both have one vocabulary
-        tied: bool | None = None, # is the target's embedding the classifier's weight? none: if it has its words
+        tied: bool | None = None, # is the target's embedding the classifier's weight? none: if it can be
         d_target: int | None = None, # size of the vocabulary that the decoder reads; none: d_out
         cross_positions: bool = False, # do queries and keys of the source turn by positions that turn?
     ):
@@ -185,7 +185,8 @@ class EncoderDecoder(SequenceModel):
 
     def _tables(self, d_in, d_target, d_out, shared, tied):
         "Embeddings and classifier; one table cannot serve two vocabularies."
-        shared, tied = d_in == d_target if shared is None else shared, d_target == d_out if tied is None else tied
+        if shared is None: shared = d_in == d_target
+        if tied is None: tied = d_target == d_out
         if shared and d_in != d_target:
             raise FieldError('shared', True, f'false where {d_in} words are read and {d_target} written')
         if tied and d_target != d_out:
