@@ -39,11 +39,12 @@ _DECODER = {'name': 'encoder_decoder', 'd_model': 64, 'n_layers': 5, 'n_heads': 
 
 def _register():
     "Enter the presets of the suite: the middle one of the published learning rates."
+    models = {'': _MODELS['rnn']} | {f'/{name}': model for name, model in _MODELS.items()}
     for task in TASKS:
-        for name, model in (_MODELS | {'encoder_decoder': _DECODER}).items():
-            described = f'{task}, strings of 1 to 40; {name}, as published'.replace('_', ' ')
-            coding = 'decoder' if name == 'encoder_decoder' else 'tape'
-            register_preset(f'suite/{task}/{name}', described,
+        for name, model in (models | {'/encoder_decoder': _DECODER}).items():
+            described = f'{task}, strings of 1 to 40; {name.strip("/") or "rnn"}, as published'.replace('_', ' ')
+            coding = 'decoder' if name == '/encoder_decoder' else 'tape'
+            register_preset(f'suite/{task}{name}', described,
                             task={'name': task, 'coding': coding, 'test_length': 500}, model=model,
                             optim={'name': 'adam', 'lr': 3e-4},
                             train={'steps': 1_000_000, 'batch_size': 128},
