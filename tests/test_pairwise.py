@@ -27,6 +27,7 @@ LANGUAGES = [name for name in TOKENS if name.startswith('language_')]
 REFUSED = {  # (task, coding): the only combinations that may be refused
     *((task, coding) for task in TOKENS for coding in ('prompt', 'prompt_classes')),  # no points, no values
     *((task, 'forced') for task in TOKENS if 'forced' not in TASKS[task].codings),
+    *((task, 'decoder') for task in NAMES if 'decoder' not in TASKS[task].codings),
     *((task, 'multi_hot') for task in TOKENS if task not in LANGUAGES),  # answers that are no sets
     *((task, coding) for task in LANGUAGES for coding in ('last', 'tape')),  # whole strings are all accepted
     *((task, 'answer') for task in NAMES if task not in DYNAMIC),  # nothing to separate from a problem

@@ -9,6 +9,7 @@ __all__ = ['new_positions', 'pieces', 'generalisation', 'summarise']
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from tqdm.auto import tqdm
 from ..core.batch import Batch
 from ..core.config import Evaluate
 from ..core.streams import numpy_stream
+from .decoding import answer_alone
 from ..tasks.objectives import add_tallies, means
 from ..tasks.task import Task
 
@@ -49,8 +51,9 @@ def _pieces(batches, model, task):
 def _measure(model, batches, task, controls):
     "Tallies of loss and metrics over batches, the scored targets, and the number of examples."
     tallies, targets, examples, objective = {}, [], 0, task.objective
+    answer = partial(answer_alone, model) if task.encoder.writes else model
     for batch in _pieces(batches, model, task):
-        output = model(batch, **controls)
+        output = answer(batch, **controls)
         add_tallies(tallies, {'loss': objective.loss(output, batch)} | objective.metrics(output, batch))
         targets.append(batch.targets[batch.score_mask].cpu())
         examples += len(batch)

@@ -98,8 +98,12 @@ def figure(
     "Draw one panel per task with the curves of its cells."
     tasks, models = (list(dict.fromkeys(r.summary[k] for r in runs)) for k in ('task', 'model'))
     styles = {model: style(number) for number, model in enumerate(models)}
-    fig = Picture(figsize=(5.4 * len(tasks), 3.6), layout='constrained')
-    for ax, task in zip(fig.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+    across = min(len(tasks), 5)
+    down = -(-len(tasks) // across)
+    fig = Picture(figsize=(5.4 * across, 3.6 * down), layout='constrained')
+    axes = fig.subplots(down, across, squeeze=False).flatten()
+    for ax in axes[len(tasks):]: ax.remove()
+    for ax, task in zip(axes, tasks, strict=False):
         group = [r.summary for r in runs if r.summary['task'] == task]
         curves = {s['model']: s['rows'] for s in group}
         plot_curves(curves, group[0]['axis'], group[0]['score'], task.replace('_', ' '), ax, styles)

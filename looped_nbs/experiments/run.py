@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from ..core.config import PRESETS, Evaluate, Experiment, merge, nest, read_yaml
+from ..core.config import PRESETS, Evaluate, Experiment, fields_of, merge, nest, read_yaml
 from ..core.errors import FieldError, InputError, at_least, one_of
 from ..core.registry import load_plugin, lookup
 from ..core.streams import numpy_stream, torch_stream
@@ -30,6 +30,7 @@ from looped_nbs.experiments import (  # noqa: F401  registers presets
     demo,
     fastweight,
     icl,
+    suite,
     timestep,
     timestep_published,
     timestep_text,
@@ -107,7 +108,7 @@ def configure(
     config = _preset(name)['config'] if name else {}
     for section, chosen in (('task', task), ('model', model)):
         if chosen is not None: config = merge(config, {section: chosen})
-    config = merge(config, nest(overrides or {}))
+    config = _coded(merge(config, nest(overrides or {})))
     if plugins: config = merge(config, {'run': {'plugins': tuple(map(str, plugins))}})
     return Experiment.from_dict(config, TASKS, MODELS)
 
@@ -118,6 +119,17 @@ def _preset(name):
     near = get_close_matches(name, PRESETS, n=1)
     hint = f' (did you mean {near[0]!r}?)' if near else ''
     raise FieldError('preset', name, f'one of the {len(PRESETS):,} of `looped list presets`{hint}')
+
+def _coded(config):
+    "Where no coding is asked for and the model takes none of the task's default, the first that it takes."
+    parts = [config.get(section) for section in ('task', 'model')]
+    if not all(isinstance(part, Mapping) for part in parts) or 'coding' in parts[0]: return config
+    makers = TASKS.get(parts[0].get('name')), MODELS.get(parts[1].get('name'))
+    if None in makers: return config
+    usual = fields_of(makers[0]).get('coding')
+    fits = [coding for coding in makers[0].codings if coding in makers[1].codings]
+    if usual is None or not fits or usual.default in fits: return config
+    return merge(config, {'task': {'coding': fits[0]}})
 
 def _plugins(files):
     "The plugins of a configuration, as a list of files."

@@ -242,10 +242,13 @@ def measured(
 # %% ../../nbs/08_experiments/06a_search.ipynb #096291dc
 _SHIPPED = Path(looped_nbs.__file__).parent/'sweeps'
 
+def _files():
+    "Name to file of the sweeps that come with the library, sorted."
+    return {f.relative_to(_SHIPPED).with_suffix('').as_posix(): f for f in sorted(_SHIPPED.rglob('*.yaml'))}
+
 def shipped() -> dict[str, str]: # name to description, sorted
     "The sweep files that come with the library."
-    files = sorted(_SHIPPED.rglob('*.yaml'))
-    return {f.relative_to(_SHIPPED).with_suffix('').as_posix(): read_yaml(f)['description'] for f in files}
+    return {name: read_yaml(file)['description'] for name, file in _files().items()}
 
 def find_search(
     name: str, # a YAML file, or the name of one that comes with the library
@@ -254,4 +257,5 @@ def find_search(
     if Path(name).suffix in ('.yaml', '.yml'):
         if not Path(name).is_file(): raise FieldError('sweep', name, 'an existing YAML file')
         return Path(name)
-    return _SHIPPED/f'{one_of("sweep", name, shipped())}.yaml'
+    files = _files()
+    return files[one_of('sweep', name, files)]

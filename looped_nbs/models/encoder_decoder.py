@@ -125,7 +125,7 @@ class TiedHead(nn.Module):
 @register_model('encoder_decoder')
 class EncoderDecoder(SequenceModel):
     "An encoder that reads a source and a decoder that writes, each a loop over a few blocks."
-    codings = ('seq2seq',)
+    codings = ('seq2seq', 'decoder')
 
     def __init__(self,
         d_in: int, # size of the source's vocabulary
@@ -149,8 +149,8 @@ class EncoderDecoder(SequenceModel):
         activation: str = 'relu', # of the feed-forward layer: relu, gelu, gelu_tanh or silu
         attention_bias: bool = True, # have the linear maps of attention a bias?
         dropout: float = 0., # of embeddings, attention weights, inner layers and branches, a probability
-        shared: bool = True, # do source and target have one embedding?
-        tied: bool = True, # is the target's embedding the classifier's weight?
+        shared: bool | None = None, # have source and target one embedding? none: if both have one vocabulary
+        tied: bool | None = None, # is the target's embedding the classifier's weight? none: if it can be
         d_target: int | None = None, # size of the vocabulary that the decoder reads; none: d_out
         cross_positions: bool = False, # do queries and keys of the source turn by positions that turn?
     ):
@@ -168,6 +168,13 @@ class EncoderDecoder(SequenceModel):
                      partial(Attention, d_model, causal=False, **attention), inner, block)
         self._exits(norm == 'pre' if final_norm is None else final_norm)
 
+    @classmethod
+    def from_task(cls, task, coding=None, **fields):
+        needed, asked = len(task.given_vocab), fields.get('d_target')
+        fields['d_target'] = needed if asked is None else at_least('d_target', asked, needed)
+        if fields.get('shared') is None: fields['shared'] = task.given_vocab == task.in_vocab
+        return super().from_task(task, coding, **fields)
+
     def _check(self, features, dropout, d_model, n_heads, n_layers, decoder_layers):
         "Refuse features, sizes below 1, heads that do not divide the width, a dropout that is none."
         if features: raise FieldError('features', True, 'false: an encoder-decoder reads words')
@@ -178,6 +185,8 @@ class EncoderDecoder(SequenceModel):
 
     def _tables(self, d_in, d_target, d_out, shared, tied):
         "Embeddings and classifier; one table cannot serve two vocabularies."
+        if shared is None: shared = d_in == d_target
+        if tied is None: tied = d_target == d_out
         if shared and d_in != d_target:
             raise FieldError('shared', True, f'false where {d_in} words are read and {d_target} written')
         if tied and d_target != d_out:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CODINGS', 'register_coding', 'Coding', 'Last', 'Prefix', 'MultiHot', 'Tape', 'Forced', 'Prompt', 'NextToken',
-           'SourceToTarget']
+           'SourceToTarget', 'Decoder']
 
 # %% ../../nbs/04_tasks/01_codings.ipynb #a2e50d99
 from collections.abc import Sequence
@@ -26,6 +26,7 @@ class Coding:
     "How a problem becomes a batch; the contract of every coding."
     objective = TokenClassification() # how outputs are scored
     features = False # are inputs features rather than tokens?
+    writes = False # does a model that is tested read what it wrote itself, rather than the right symbols?
 
     def __init__(self,
         empty_steps: int = 0, # empty tokens for each input token, before the answer
@@ -42,9 +43,23 @@ class Coding:
         "The number of positions that a problem of this length takes."
         return length
 
+    def room(self,
+        length: int, # of a problem
+        outputs: int, # symbols of its output
+    ) -> int: # of its coded form
+        "The number of positions that a problem takes with all of its output."
+        return self.time(length) + outputs - 1
+
+    def given(self,
+        vocab: tuple[str, ...], # all tokens of problems, the added ones at the end
+        answers: tuple[str, ...], # what can be answered
+    ) -> tuple[str, ...]: # all tokens
+        "The vocabulary of a batch's `inputs`."
+        return vocab
+
     def __call__(self,
         problem: dict, # arrays `tokens`, `lengths`, `answers`
-        vocab: Sequence[str], # all tokens, the added ones at the end
+        vocab: Sequence[str], # all tokens of `inputs`, the added ones at the end
     ) -> Batch: # the coded problem
         "Encode; a subclass implements it."
         raise NotImplementedError
@@ -217,4 +232,23 @@ class SourceToTarget(Coding):
         for part in (batch, batch.source): part.key_mask = part.advance = part.loss_mask
         batch.inputs[~batch.key_mask] = vocab.index('<pad>')
         batch.prompt_lengths = torch.ones_like(batch.lengths)
+        return batch
+
+# %% ../../nbs/04_tasks/01_codings.ipynb #ae4fd80b
+@register_coding('decoder')
+class Decoder(Coding):
+    "A string is read whole; a decoder predicts each symbol of the output from those before it."
+    writes = True
+
+    def room(self, length, outputs): return max(length, outputs)
+
+    def given(self, vocab, answers): return *answers, '<start>'
+
+    def __call__(self, problem, vocab):
+        outputs, tokens = _outputs(problem), problem['tokens']
+        given = np.pad(outputs[:, :-1], ((0, 0), (1, 0)), constant_values=vocab.index('<start>'))
+        mask, n_outputs = np.ones(outputs.shape, dtype=bool), np.full(*outputs.shape)
+        batch = _batch(given, outputs, mask, n_outputs, problem, _scored(problem, mask), np.ones(len(given)))
+        read = np.ones(tokens.shape, dtype=bool)
+        batch.source = _batch(tokens, tokens, read, problem['lengths'], None)
         return batch

@@ -16,11 +16,11 @@ from .task import range_of, register_task
 # %% ../../nbs/04_tasks/03a_context_free.ipynb #c9e43892
 class OutputTask(StringTask):
     "One output to the whole string, of a length that the string's length determines."
-    level, codings = 'context-free', ('tape', 'forced')
+    level, codings = 'context-free', ('tape', 'forced', 'decoder')
     end: int | None = None # the answer that ends an output; it may stand before the last place
 
     def __init__(self, *,
-        coding: str = 'tape', # how a problem is shown: tape or forced, or last where the output is one symbol
+        coding: str = 'tape', # how a problem is shown: tape, forced, decoder; last if one symbol is asked for
         **fields: object, # fields of every task on strings: min_length, max_length, test_length, empty_steps
     ): super().__init__(coding=coding, **fields)
 
@@ -186,7 +186,7 @@ def read_operand(
 class ModularArithmeticBrackets(OutputTask):
     "The value, modulo 5, of an expression with brackets."
     symbols, answers = ('0', '1', '2', '3', '4', '+', '-', '*', '(', ')'), ('0', '1', '2', '3', '4')
-    codings = 'last', 'tape', 'forced'
+    codings = 'last', *OutputTask.codings
 
     def __init__(self, *,
         products: bool = True, # are there products?
@@ -207,7 +207,7 @@ class ModularArithmeticBrackets(OutputTask):
 class SolveEquation(OutputTask):
     "The digit that stands at x in an equation."
     symbols = '0', '1', '2', '3', '4', '+', '-', '(', ')', 'x', '='
-    answers, codings = ('0', '1', '2', '3', '4'), ('last', 'tape', 'forced')
+    answers, codings = ('0', '1', '2', '3', '4'), ('last', *OutputTask.codings)
 
     def strings(self, rng, n, length):
         if length < 3: return np.zeros((n, length), np.int8)

@@ -66,7 +66,7 @@ class BucketSort(LettersTask):
 @register_task('missing_duplicate_string')
 class MissingDuplicateString(OutputTask):
     "The bit that is hidden in one of two copies of a word."
-    level, codings = 'context-sensitive', ('last', 'tape', 'forced')
+    level, codings = 'context-sensitive', ('last', *OutputTask.codings)
     symbols, answers = ('0', '1', '?', '.'), ('0', '1')
 
     def strings(self, rng, n, length):

@@ -47,6 +47,8 @@ class StringTask(Task):
 # %% ../../nbs/04_tasks/03_regular.ipynb #14f248b6
 class RegularTask(StringTask):
     "A language of a finite automaton, with an answer at every prefix."
+    codings = (*StringTask.codings, 'decoder')
+
     def draw(self, rng, n, *, length):
         tokens = self.strings(rng, n, at_least('task.length', range_of(rng, length), 1))
         lengths = np.full(n, tokens.shape[1])

@@ -56,6 +56,11 @@ class Task:
         self.objective, self.features = self.encoder.objective, self.encoder.features
         self.splits: dict[str, Split] = {}
 
+    @property
+    def given_vocab(self) -> tuple[str, ...]: # all tokens
+        "What a batch's `inputs` are written in: `in_vocab`, unless a decoder is given other symbols."
+        return self.encoder.given(self.in_vocab, self.out_vocab)
+
     def draw(self,
         rng: np.random.Generator, # the batch's own stream
         n: int, # number of problems
@@ -136,7 +141,7 @@ def encode(self: Task,
     problem: dict, # arrays with one row per example
 ) -> Batch: # as the task's coding shows it
     "Show problems through the coding."
-    return self.encoder(problem, self.in_vocab)
+    return self.encoder(problem, self.given_vocab)
 
 # %% ../../nbs/04_tasks/02_task.ipynb #4719d53c
 @patch
@@ -220,7 +225,7 @@ def coded_time(self: Task,
     value: int, # of the axis
 ) -> int: # positions
     "The coded input of a problem at one value of the axis, with all of its output."
-    return self.encoder.time(self.length(value)) + self.n_outputs(value) - 1
+    return self.encoder.room(self.length(value), self.n_outputs(value))
 
 @patch
 def max_time(self: Task) -> int: # positions
@@ -230,7 +235,7 @@ def max_time(self: Task) -> int: # positions
 @patch
 def reached(self: Task) -> int: # positions
     "The positions that training reached: beyond training only later ones are scored."
-    return self.coded_time(self.axis_range('train')[1])
+    return 0 if self.encoder.writes else self.coded_time(self.axis_range('train')[1])
 
 @patch
 def max_positions(self: Task) -> int: # positions
@@ -243,12 +248,18 @@ def show(self: Task,
     row: int = 0, # which example
 ) -> str: # tokens, and under each the target that stands there
     "Write one example as two lines of words."
-    tokens, n = [self.in_vocab[t] for t in batch.inputs[row]], int(batch.lengths[row])
+    tokens, n = [self.given_vocab[t] for t in batch.inputs[row]], int(batch.lengths[row])
     asked = zip(batch.targets[row], batch.loss_mask[row], strict=True)
     wanted = [self.out_vocab[y] if m else '.' for y, m in asked]
     widths = [max(len(a), len(b)) for a, b in zip(tokens, wanted, strict=True)]
     line = lambda words: ' '.join(w.rjust(k) for w, k in list(zip(words, widths, strict=True))[:n])
-    return f'in  {line(tokens)}\nout {line(wanted)}'
+    source = '' if batch.source is None else f'from {self._source(batch.source, row)}\n'
+    return f'{source}in  {line(tokens)}\nout {line(wanted)}'
+
+@patch
+def _source(self: Task, batch, row):
+    "One source as a line of words."
+    return ' '.join(self.in_vocab[t] for t in batch.inputs[row, :int(batch.lengths[row])])
 
 # %% ../../nbs/04_tasks/02_task.ipynb #47138be1
 def check_task(
