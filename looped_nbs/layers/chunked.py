@@ -14,8 +14,7 @@ from torch import Tensor
 
 from ..core.errors import FieldError, at_least
 from .attention import Attention, Keys
-from .block import Block, Stack
-from .compiled_block import compiled
+from .block import Block, Stack, compiled
 from .loop import Loop
 from .positions import Placed
 
@@ -244,7 +243,7 @@ Staircase._readable, Staircase.by_rows = _readable, _by_rows
 # %% ../../nbs/02_layers/08_chunked.ipynb #0e80bd10
 def _one_call(body, mask, placed):
     "The compiled forms of all blocks, or None where one has none or they would have to know more."
-    if mask is not None or (placed.rotate, placed.bias, placed.relative) != (None, None, None): return None
+    if mask is not None or not placed.silent: return None
     runs = [compiled(layer) for layer in body.layers]
     return runs if all(runs) else None
 

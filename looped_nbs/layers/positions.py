@@ -84,6 +84,11 @@ class Placed:
         "Rotate, where the scheme rotates."
         return x if self.rotate is None else self.rotate(x)
 
+    @property
+    def silent(self) -> bool: # have they nothing to say to attention?
+        "Do the positions neither turn queries and keys nor add to scores?"
+        return self.rotate is None and self.bias is None and self.relative is None
+
 # %% ../../nbs/02_layers/01_positions.ipynb #41230d1b
 POSITIONS = {}
 register_positions = registrar(POSITIONS)
