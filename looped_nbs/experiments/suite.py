@@ -42,9 +42,9 @@ def _register():
     models = {'': _MODELS['rnn']} | {f'/{name}': model for name, model in _MODELS.items()}
     for task in TASKS:
         for name, model in (models | {'/encoder_decoder': _DECODER}).items():
-            described = f'{task}, strings of 1 to 40; {name.strip("/") or "rnn"}, as published'.replace('_', ' ')
+            described = f'{task}, strings of 1 to 40; {name.strip("/") or "rnn"}, as published'
             coding = 'decoder' if name == '/encoder_decoder' else 'tape'
-            register_preset(f'suite/{task}{name}', described,
+            register_preset(f'suite/{task}{name}', described.replace('_', ' '),
                             task={'name': task, 'coding': coding, 'test_length': 500}, model=model,
                             optim={'name': 'adam', 'lr': 3e-4},
                             train={'steps': 1_000_000, 'batch_size': 128},
