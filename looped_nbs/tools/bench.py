@@ -301,6 +301,9 @@ def _chunk_steps(batch_size, length, chunks):
     "Steps of models that read chunks by name: ordinary blocks first."
     fields = {'d_model': 64, 'n_heads': 8, 'dropout': .1}
     def step(model, **more): return _bare(_trainer(model, fields | more, batch_size, length)[0], 1)
+    trainer, _ = _trainer('transformer', fields | {'n_layers': 4}, batch_size, length)
+    for block in trainer.model.loop.body.layers: block.register_forward_hook(lambda *_: None)
+    yield 'transformer, 4 layers, block by block', _bare(trainer, 1)
     yield 'transformer, 4 layers', step('transformer', n_layers=4)
     for chunk in chunks:
         for how in ('', ' by definition'):
