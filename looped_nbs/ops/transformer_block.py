@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..core.errors import FieldError, one_of
 from .build import Unavailable, library
@@ -109,11 +108,10 @@ class Ready:
         _check_weights(w, n_heads)
         self.w, self.d_ff = w, w.wide.shape[0]
         self.flipped = [x.detach().t().contiguous() for x in (w.qkv, w.out, w.wide, w.narrow)]
-        self.addresses = [0 if x is None else x.data_ptr() for x in (*w, *self.flipped)]
         self.passes = [getattr(library('transformer_block'), f'transformer_block_{direction}_{_name(w.out)}')
                        for direction in ('forward', 'backward')]
 
-    def call(self, which, h, source, o, *tensors):
+    def call(self, which, h, source, w, o, *tensors):
         "Run a pass: 0 forwards, 1 backwards."
         (batch, time, d), itself = h.shape, source is None
         time_k = time if itself else source.shape[1]
@@ -121,8 +119,8 @@ class Ready:
         threads, flags = torch.get_num_threads(), o.causal + 2 * itself
         sizes = batch, time, time_k, d, o.n_heads, self.d_ff, flags, threads, o.seed
         scalars = o.eps, scale, o.dropout, o.inner_dropout
-        last = [0 if x is None else x.data_ptr() for x in tensors]
-        addresses = [h.data_ptr(), 0 if itself else source.data_ptr(), *self.addresses, *last]
+        every = h, source, *w, *self.flipped, *tensors
+        addresses = [0 if x is None else x.data_ptr() for x in every]
         self.passes[which](_WHOLE(*sizes), _REAL(*scalars), (ctypes.c_void_p * len(addresses))(*addresses))
 
     def forward(self, h, source, o):
@@ -130,7 +128,7 @@ class Ready:
         rows, d = h.shape[0] * h.shape[1], h.shape[2]
         other = 2 * d * (rows if source is None else source.shape[0] * source.shape[1])
         out, kept = torch.empty_like(h), h.new_empty(rows * (3 * d + self.d_ff) + other)
-        self.call(0, h, source, o, out, kept)
+        self.call(0, h, source, self.w, o, out, kept)
         return out, kept
 
 # %% ../../nbs/01_ops/14_transformer_block.ipynb #5c3c77df
@@ -147,12 +145,20 @@ class _Compiled(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         h, source, kept, *weights = ctx.saved_tensors
+        if torch.is_grad_enabled(): return None, None, *_again(h, source, weights, ctx.options, grad)
         new = [None if x is None else torch.empty_like(x) for x in (h, source, *weights)]
-        ctx.ready.call(1, h, source, ctx.options, kept, grad.contiguous(), *new)
+        ctx.ready.call(1, h, source, weights, ctx.options, kept, grad.contiguous(), *new)
         return None, None, *new
+
+def _again(h, source, weights, options, grad):
+    "Gradients that can be differentiated once more, by definition."
+    given = h, source, *weights
+    leaves = [x for x in given if x is not None and x.requires_grad]
+    y = naive_block(h, source, BlockWeights(*weights), options)
+    found = iter(torch.autograd.grad(y, leaves, grad, create_graph=True))
+    return [None if x is None or not x.requires_grad else next(found) for x in given]
 
 # %% ../../nbs/01_ops/14_transformer_block.ipynb #f6151f74
 def block_form(
