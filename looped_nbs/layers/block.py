@@ -89,6 +89,11 @@ def _plain(module, kind):
     changed = 'forward' in module.__dict__ or any(getattr(module, hooks) for hooks in _HOOKS)
     return type(module) is kind and not changed
 
+def _activation(module):
+    "Its name, if it can be compiled."
+    if _plain(module, nn.ReLU): return 'relu'
+    return 'gelu_tanh' if _plain(module, nn.GELU) and module.approximate == 'tanh' else None
+
 def _parts(block):
     "The parts that have weights, in the order of `BlockWeights`; None if the block is another one."
     if not _plain(block, Block) or not block.pre: return None
@@ -96,7 +101,7 @@ def _parts(block):
     if inner is None or not (_plain(mixer, Attention) and _plain(inner, FeedForward)): return None
     parts = block.norm1, mixer.qkv, mixer.out, block.norm2, inner[0], inner[3]
     kinds = nn.LayerNorm, nn.Linear, nn.Linear, nn.LayerNorm, nn.Linear, nn.Linear
-    same = all(map(_plain, parts, kinds)) and _plain(inner[1], nn.ReLU)
+    same = all(map(_plain, parts, kinds)) and _activation(inner[1])
     special = mixer.window is not None or mixer.relative is not None or (mixer.dropout and mixer.training)
     return parts if same and not special and parts[0].eps == parts[3].eps else None
 
@@ -119,7 +124,8 @@ def compiled(
     if any(type(x) is not nn.Parameter or not x.is_contiguous() for x in given): return None
     if len({(x.dtype, x.device) for x in given}) > 1 or block_form(weights.gain1) != 'cpu': return None
     mixer, drops = block.mixer, [d.p if d.training else 0. for d in (block.dropout, block.feedforward[2])]
-    options = BlockOptions(mixer.n_heads, mixer.causal, mixer.scale, parts[0].eps, *drops)
+    options = BlockOptions(mixer.n_heads, mixer.causal, mixer.scale, parts[0].eps, *drops,
+                           activation=_activation(block.feedforward[1]))
     return partial(_run, Ready(weights, mixer.n_heads), options)
 
 def _run(ready, options, h, source=None):

@@ -18,7 +18,7 @@ constexpr int kPart = 64, kCache = 1 << 19;  // tokens of a part; bytes
 enum Parameter {
   kGain1, kShift1, kIn, kInBias, kOut, kOutBias, kGain2, kShift2, kWide, kWideBias, kNarrow, kNarrowBias, kParameters
 };
-enum Flag { kCausal = 1, kItself = 2 };
+enum Flag { kCausal = 1, kItself = 2, kGelu = 4 };
 
 NBS_SHARED uint32_t mixed(uint32_t x) {
   x = (x ^ (x >> 16)) * 0x7feb352du;
@@ -65,6 +65,7 @@ template <class T> struct Call {
 
   static constexpr int W = kLane<T>;
   bool itself() const { return flags & kItself; }
+  bool gelu() const { return flags & kGelu; }
   int keys() const { return itself() ? time : time_k; }
   int64_t rows() const { return int64_t(batch) * time; }
   int64_t key_rows() const { return int64_t(batch) * keys(); }
@@ -74,7 +75,7 @@ template <class T> struct Call {
 
 // What the backward pass needs of the forward pass, of some rows.
 template <class T> struct Kept {
-  T *qkv, *kv, *read, *middle, *inner;  // kv: none where the block reads itself
+  T *qkv, *kv, *read, *middle, *inner, *wide;  // wide: what GELU is taken of, where it is
   int64_t q_row, kv_row;
 
   Kept(const Call<T>& c, T* from, int64_t rows, int64_t key_rows) {
@@ -84,7 +85,8 @@ template <class T> struct Kept {
     kv = c.itself() ? qkv + c.d : from, from += c.itself() ? 0 : key_rows * kv_row;
     read = from, from += rows * c.d;
     middle = from, from += rows * c.d;
-    inner = from;
+    inner = from, from += c.gelu() ? rows * c.d_ff : 0;
+    wide = from;
   }
 };
 
@@ -389,17 +391,31 @@ void residual(T* to, const T* from, const T* x, const T* bias, const Dropout<T>&
   }
 }
 
-// x = dropout(relu(x + bias))
-template <class T> void rectify(T* x, const T* bias, const Dropout<T>& drop, int64_t first, int rows, int n) {
+// GELU by way of tanh, and its derivative
+template <class T, int W> NBS_SHARED V<T, W> gelu(const V<T, W>& x, V<T, W>& slope) {
+  constexpr T root = T(0.7978845608028653559), cube = T(0.044715);  // the root of 2 / pi
+  const V<T, W> square = x * x, t = hyperbolic<T, W>(root * x * (T(1) + cube * square));
+  slope = T(.5) * (T(1) + t + x * (T(1) - t * t) * root * (T(1) + 3 * cube * square));
+  return T(.5) * x * (T(1) + t);
+}
+
+// to = dropout(f(x + bias)), with f = relu or GELU; x gets the bias
+template <class T>
+void activate(T* to, T* x, const T* bias, bool by_gelu, const Dropout<T>& drop, int64_t first, int rows, int n) {
   constexpr int W = kLane<T>;
-  for (int row = 0; row < rows; row++, x += n) {
+  for (int row = 0; row < rows; row++, x += n, to += n) {
     const uint32_t key = drop.key(first + row);
     registers<T>(n, [&](int i, int few) __attribute__((always_inline)) {
-      V<T, W> y = get<T, W>(x + i, 1, few);
+      V<T, W> y = get<T, W>(x + i, 1, few), slope;
       if (bias) y += get<T, W>(bias + i, 1, few);
-      y = y < 0 ? V<T, W>{} : y;
+      if (by_gelu) {
+        put<T, W>(x + i, 1, y, few);
+        y = gelu<T, W>(y, slope);
+      } else {
+        y = y < 0 ? V<T, W>{} : y;
+      }
       if (drop.limit) y *= drop.template factors<W>(key, i);
-      put<T, W>(x + i, 1, y, few);
+      put<T, W>(to + i, 1, y, few);
     });
   }
 }
@@ -469,8 +485,9 @@ template <class T> struct Block : Call<T> {
         product<T>({y, d}, {kept.read + at * d, d}, {this->turned[1], d}, n, d, d);
         residual(middle, this->h + at * d, y, this->w[kOutBias], drop(0, this->p), at, n, d);
         norm(x, middle, this->w[kGain2], this->w[kShift2], n, d, this->eps);
-        product<T>({inner, d_ff}, {x, d}, {this->turned[2], d_ff}, n, d_ff, d);
-        rectify(inner, this->w[kWideBias], drop(1, this->p_inner), at, n, d_ff);
+        T* wide = this->gelu() ? kept.wide + at * d_ff : inner;
+        product<T>({wide, d_ff}, {x, d}, {this->turned[2], d_ff}, n, d_ff, d);
+        activate(inner, wide, this->w[kWideBias], this->gelu(), drop(1, this->p_inner), at, n, d_ff);
         product<T>({y, d}, {inner, d_ff}, {this->turned[3], d}, n, d, d_ff);
         residual(out + at * d, middle, y, this->w[kNarrowBias], drop(2, this->p), at, n, d);
       });
@@ -500,7 +517,8 @@ template <class T> struct Block : Call<T> {
         T *down = dh + at * d, *wide = du + at * d_ff, *middle = kept.middle + at * d;
         dropped(dz + at * d, grad + at * d, drop(2, this->p), at, n, d);
         product<T>({wide, d_ff}, {dz + at * d, d}, {this->w[kNarrow], d_ff}, n, d_ff, d);
-        open(wide, kept.inner + at * d_ff, n * d_ff);
+        if (this->gelu()) bend(wide, kept.wide + at * d_ff, at, n);
+        else open(wide, kept.inner + at * d_ff, n * d_ff);
         product<T>({g, d}, {wide, d_ff}, {this->w[kWide], d}, n, d, d_ff);
         copy(down, grad + at * d, n * d);
         norm_backward(down, g, middle, this->w[kGain2], n, d, this->eps, sums + at / kPart * 4 * d + 2 * d);
@@ -545,6 +563,20 @@ template <class T> struct Block : Call<T> {
       const V<T, W> g = get<T, W>(grad + i, 1, few) * scale;
       put<T, W>(grad + i, 1, get<T, W>(inner + i, 1, few) > 0 ? g : V<T, W>{}, few);
     });
+  }
+
+  // Back through GELU and the dropout behind it.
+  void bend(T* grad, const T* x, int64_t first, int rows) const {
+    const Dropout<T> inner = drop(1, this->p_inner);
+    for (int row = 0; row < rows; row++, grad += this->d_ff, x += this->d_ff) {
+      const uint32_t key = inner.key(first + row);
+      registers<T>(this->d_ff, [&](int i, int few) __attribute__((always_inline)) {
+        V<T, W> slope;
+        gelu<T, W>(get<T, W>(x + i, 1, few), slope);
+        if (inner.limit) slope *= inner.template factors<W>(key, i);
+        put<T, W>(grad + i, 1, get<T, W>(grad + i, 1, few) * slope, few);
+      });
+    }
   }
 
   // Gradients of a linear map from those of its results (rows x n) and from what it was given (rows x m).
