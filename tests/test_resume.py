@@ -238,7 +238,7 @@ def test_crash_while_writing(name, calls, tmp_path, unbroken, monkeypatch):
 def test_crash_while_removing(calls, tmp_path, unbroken, monkeypatch):
     folder = tmp_path/'run'
     with monkeypatch.context() as patch:
-        count_down(patch, shutil, 'rmtree', 4 * calls)
+        count_down(patch, shutil, 'rmtree', 3 * calls)
         with pytest.raises(Crash): call(*SHORT, '--out', folder)
     gc.collect()
     assert call('resume', folder).code == 0

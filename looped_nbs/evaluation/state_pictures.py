@@ -93,6 +93,7 @@ def _by_head(site, tensor):
     part = site.rpartition('.')[2]
     if part in ('scores', 'weights'):
         raise FieldError('sites', site, 'one that has a vector for each token; `attention_maps` shows pairs')
+    if tensor.dim() < 3: return []  # such as the length of an input, by which a tape jumps
     if part not in _HEADED: return [(site, tensor.flatten(2))]
     return [(f'{site}, head {i}', head) for i, head in enumerate(tensor.unbind(1))]
 

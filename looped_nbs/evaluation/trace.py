@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from ..core.batch import Batch
 from ..core.errors import FieldError, at_least
 from .report import Picture
+from ..layers.chunked import Parallel, Staircase
 from ..layers.loop import Loop
 from ..models.base import SequenceModel
 
@@ -192,6 +193,8 @@ class _Taps:
 @patch
 def _watch_loop(self: _Taps, prefix, loop):
     "See what enters a loop, and what leaves each round."
+    if isinstance(getattr(loop, 'order', None), (Staircase, Parallel)):
+        raise FieldError('model', 'a staircase', 'one whose layers see all positions in every round')
     def entered(module, args): return self.offer(f'{prefix}embedding', args[0]), *args[1:]
     def begun(module, args, where):
         t = args[1] if len(args) > 1 else where.get('t', 0)

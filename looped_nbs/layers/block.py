@@ -83,11 +83,14 @@ class Block(nn.Module):
 
 # %% ../../nbs/02_layers/04_block.ipynb #0d442a9c
 _HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+_KINDS = Block, Attention, FeedForward, nn.Linear, nn.LayerNorm, nn.ReLU, nn.GELU, nn.Dropout
+_WRITTEN = {kind: kind.forward for kind in _KINDS}
+_NARROW = 128 # from this width on, products of matrices decide, and those of PyTorch are as fast
 
 def _plain(module, kind):
-    "Is a module of this very kind, with nobody listening?"
-    changed = 'forward' in module.__dict__ or any(getattr(module, hooks) for hooks in _HOOKS)
-    return type(module) is kind and not changed
+    "Is a module of this very kind, as it was written, with nobody listening?"
+    if type(module) is not kind or kind.forward is not _WRITTEN[kind]: return False
+    return 'forward' not in module.__dict__ and not any(getattr(module, hooks) for hooks in _HOOKS)
 
 def _activation(module):
     "Its name, if it can be compiled."
@@ -98,7 +101,9 @@ def _parts(block):
     "The parts that have weights, in the order of `BlockWeights`; None if the block is another one."
     if not _plain(block, Block) or not block.pre: return None
     mixer, inner = block.mixer, block.feedforward
-    if inner is None or not (_plain(mixer, Attention) and _plain(inner, FeedForward)): return None
+    if not (_plain(mixer, Attention) and _plain(inner, FeedForward)) or len(inner) != 4: return None
+    drops = block.dropout, inner[2]
+    if not all(_plain(d, nn.Dropout) and d.p < 1 for d in drops): return None
     parts = block.norm1, mixer.qkv, mixer.out, block.norm2, inner[0], inner[3]
     kinds = nn.LayerNorm, nn.Linear, nn.Linear, nn.LayerNorm, nn.Linear, nn.Linear
     same = all(map(_plain, parts, kinds)) and _activation(inner[1])
@@ -107,9 +112,11 @@ def _parts(block):
 
 def _usual():
     "Is nothing at work that would have to look into the block?"
+    if torch.compiler.is_compiling() or torch.jit.is_tracing(): return False
     watched = torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack()
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return not (watched or traced or torch.is_autocast_enabled('cpu')
+    watched = watched or torch.nn.modules.module._has_any_global_hook()
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return not (watched or forward_mode or torch.is_autocast_enabled('cpu')
                 or torch._C._are_functorch_transforms_active())
 
 # %% ../../nbs/02_layers/04_block.ipynb #b2a79348
@@ -117,8 +124,9 @@ def compiled(
     block: nn.Module, # of a body
 ) -> Callable | None: # run(h, source=None), h being the last tokens of the source; None: it runs as it is
     "Find the compiled form of a block, for one pass through a model."
-    parts = _parts(block)
-    if parts is None or not _usual(): return None
+    parts = _parts(block) if _usual() else None
+    if parts is None or parts[0].weight is None or parts[3].weight is None: return None
+    if len(parts[0].weight) >= _NARROW: return None
     weights = BlockWeights(*(x for part in parts for x in (part.weight, part.bias)))
     given = [x for x in weights if x is not None]
     if any(type(x) is not nn.Parameter or not x.is_contiguous() for x in given): return None

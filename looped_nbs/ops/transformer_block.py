@@ -153,17 +153,23 @@ class _Compiled(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         h, source, kept, *weights = ctx.saved_tensors
-        if torch.is_grad_enabled(): return None, None, *_again(h, source, weights, ctx.options, grad)
+        if torch.is_grad_enabled() or not _whole(grad):
+            return None, None, *_again(h, source, weights, ctx.options, grad)
         new = [None if x is None else torch.empty_like(x) for x in (h, source, *weights)]
         ctx.ready.call(1, h, source, weights, ctx.options, kept, grad.contiguous(), *new)
         return None, None, *new
 
+def _whole(grad):
+    "Is a gradient one tensor, rather than a batch of gradients that PyTorch takes at once?"
+    functorch = torch._C._functorch
+    return not (functorch.is_batchedtensor(grad) or functorch.is_legacy_batchedtensor(grad))
+
 def _again(h, source, weights, options, grad):
-    "Gradients that can be differentiated once more, by definition."
-    given = h, source, *weights
+    "Gradients that can be differentiated once more, or many at once, by definition."
+    given, more = (h, source, *weights), torch.is_grad_enabled()
     leaves = [x for x in given if x is not None and x.requires_grad]
-    y = naive_block(h, source, BlockWeights(*weights), options)
-    found = iter(torch.autograd.grad(y, leaves, grad, create_graph=True))
+    with torch.enable_grad(): y = naive_block(h, source, BlockWeights(*weights), options)
+    found = iter(torch.autograd.grad(y, leaves, grad, create_graph=more))
     return [None if x is None or not x.requires_grad else next(found) for x in given]
 
 # %% ../../nbs/01_ops/14_transformer_block.ipynb #f6151f74
@@ -205,6 +211,7 @@ def run_block(
 ) -> Tensor: # (batch, time, d_model)
     "Apply the compiled form of a block."
     _check_inputs(h, source, ready.w, o)
+    if not h.numel(): return naive_block(h, source, ready.w, o)
     h, source = h.contiguous(), source if source is None else source.contiguous()
     given = [x for x in (h, source, *ready.w) if x is not None]
     learns = torch.is_grad_enabled() and any([x.requires_grad for x in given])
@@ -215,6 +222,8 @@ def _kind(x): return f'{x.dtype} on {x.device}'
 
 def _check_weights(w, n_heads):
     "Refuse weights that do not fit; addresses are all that compiled code sees."
+    for part in ('gain1', 'qkv', 'out', 'gain2', 'wide', 'narrow'):
+        if getattr(w, part) is None: raise FieldError(f'transformer_block.{part}', None, 'a tensor')
     d, d_ff, like = w.gain1.shape[0], w.wide.shape[0], w.gain1
     if n_heads < 1 or d % n_heads: raise FieldError('n_heads', n_heads, f'a divisor of d_model = {d}')
     wanted = [(d,), (d,), (3 * d, d), (3 * d,), (d, d), (d,), (d,), (d,), (d_ff, d), (d_ff,), (d, d_ff), (d,)]
@@ -228,7 +237,7 @@ def _check_weights(w, n_heads):
 def _check_inputs(h, source, w, o):
     "Refuse inputs that do not fit the weights."
     d, like = w.gain1.shape[0], w.gain1
-    if h.dim() != 3 or not h.numel() or h.shape[2] != d or h.dtype != like.dtype or h.device != like.device:
+    if h.dim() != 3 or h.shape[2] != d or h.dtype != like.dtype or h.device != like.device:
         found, allowed = f'{tuple(h.shape)} of {_kind(h)}', f'(batch, time, {d}) of {_kind(like)}'
         raise FieldError('transformer_block.h', found, allowed)
     one_of('activation', o.activation, ACTIVATIONS)
