@@ -171,7 +171,7 @@ class Train:
     batch_size: int = 64 # examples a step, over all processes and micro-batches
     accumulation: int = 1 # micro-batches a step; does not change the result
     ramps: tuple[str, ...] = () # curriculum of FIELD:START:END:ADD:STEPS, such as task.max_length:5:40:1:100
-    stages: tuple[str, ...] = () # FIELD:VALUE:STEPS: fixed for the first STEPS, such as model.mode:parallel:1000
+    stages: tuple[str, ...] = () # FIELD:VALUE:STEPS from the start, as model.mode:parallel:1000
     log_every: int = 20 # steps between two lines of metrics.jsonl
     checkpoint_every: int = 500 # steps between two checkpoints
 

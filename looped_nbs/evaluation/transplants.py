@@ -98,7 +98,8 @@ def _swap(own, donor, part, axes, number=0):
         return (_moved(own, donor, axes) if part in (None, number) else own), number + 1
     swapped = []
     if len(own) != len(donor):
-        raise FieldError('sites', f'states of {len(own)} and {len(donor)} parts', 'states that keep their parts')
+        found = f'states of {len(own)} and {len(donor)} parts'
+        raise FieldError('sites', found, 'states that keep their parts')
     for mine, theirs in zip(own, donor, strict=True):
         one, number = _swap(mine, theirs, part, axes, number)
         swapped.append(one)
