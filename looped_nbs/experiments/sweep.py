@@ -368,8 +368,9 @@ def _connect(ray, address, cores):
     own = {'include_dashboard': False, 'object_store_memory': 10 ** 8, 'num_cpus': cores or None}
     quiet = {'log_to_driver': False, 'logging_level': 'ERROR'}
     try: ray.init(address=address or 'local', **quiet, **({} if address else own))
-    except (ConnectionError, ValueError, RuntimeError) as e:
-        if not address: raise
+    except Exception as e: # Ray has no class of its own for what does not come up in time
+        again = f'Ray did not start ({_reason(e)}); the same command tries again'
+        if not address: raise InputError(again) from None
         token = '' if 'RAY_AUTH_MODE' in os.environ else ', with RAY_AUTH_MODE=token if it asks for a token'
         raise FieldError('address', address, f'that of a running Ray{token} ({_reason(e)})') from None
 
