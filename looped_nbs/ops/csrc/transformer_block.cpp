@@ -14,7 +14,7 @@
 
 namespace {
 
-constexpr int kPart = 64, kCache = 1 << 19;  // tokens of a part; bytes
+constexpr int kPart = 64, kCache = 1 << 19, kRoom = 1 << 24;  // tokens of a part; bytes; numbers
 enum Parameter {
   kGain1, kShift1, kIn, kInBias, kOut, kOutBias, kGain2, kShift2, kWide, kWideBias, kNarrow, kNarrowBias, kParameters
 };
@@ -554,6 +554,7 @@ template <class T> struct Block : Call<T> {
       for (int64_t share = 0; share < shares + shares_k; share++)
         for (int j = 0; j < d; j++) to[j] += sums[(share * 4 + i) * d + j];
     }
+    if (needed > kRoom) std::vector<T>().swap(room);  // too much to be kept for the next call
   }
 
   // Where the inner layer was shut, by relu or by dropout, no gradient passes.
