@@ -51,12 +51,16 @@ def no_pictures(monkeypatch):
     monkeypatch.setattr(Figure, 'savefig', lambda figure, path, **options: Path(path).touch())
 
 
+def finished(tmp_path_factory, words):
+    folder = tmp_path_factory.mktemp('finished')/'run'
+    assert call(*words, '--out', folder).code == 0
+    return folder
+
+
 @pytest.fixture(scope='module')
 def unbroken(tmp_path_factory):
     "A short run that nothing happened to."
-    folder = tmp_path_factory.mktemp('unbroken')/'run'
-    assert call(*SHORT, '--out', folder).code == 0
-    return folder
+    return finished(tmp_path_factory, SHORT)
 
 
 @pytest.fixture
@@ -267,9 +271,7 @@ STAGED = (*(w if w != 'looped_transformer' else 'staircase' for w in SHORT[:SHOR
 @pytest.fixture(scope='module')
 def staged(tmp_path_factory):
     "A staircase that trains in parallel until step 14, with checkpoints after steps 10, 20 and 24."
-    folder = tmp_path_factory.mktemp('staged')/'run'
-    assert call(*STAGED, '--out', folder).code == 0
-    return folder
+    return finished(tmp_path_factory, STAGED)
 
 
 def test_interrupted_before_a_switch_and_resumed(staged, tmp_path, monkeypatch):

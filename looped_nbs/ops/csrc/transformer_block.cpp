@@ -1,10 +1,6 @@
 // A pre-norm transformer block on the CPU, forwards and backwards: parts of kPart tokens pass through all that is done to each
 // token by itself while their numbers are in the cache; attention takes one head of as many sequences as a register has
 // lanes, or of one sequence. Sums over all tokens are taken in an order that does not depend on the number of threads.
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include <algorithm>
 #include <vector>
 
@@ -20,7 +16,8 @@ enum Parameter {
 };
 enum Flag { kCausal = 1, kItself = 2, kGelu = 4 };
 
-NBS_SHARED uint32_t mixed(uint32_t x) {
+// One number of 32 bits, or a register of them
+template <class U> NBS_SHARED U mixed(U x) {
   x = (x ^ (x >> 16)) * 0x7feb352du;
   x = (x ^ (x >> 15)) * 0x846ca68bu;
   return x ^ (x >> 16);
@@ -41,10 +38,7 @@ template <class T> struct Dropout {
     typedef V<uint32_t, W> U;
     U x;
     for (int i = 0; i < W; i++) x[i] = uint32_t(i);
-    x = (x + uint32_t(column)) * 0x9e3779b9u + key;
-    x = (x ^ (x >> 16)) * 0x7feb352du;
-    x = (x ^ (x >> 15)) * 0x846ca68bu;
-    x = x ^ (x >> 16);
+    x = mixed((x + uint32_t(column)) * 0x9e3779b9u + key);
     return __builtin_convertvector(x >= limit, V<T, W>) * -scale;
   }
 };
@@ -208,7 +202,7 @@ template <class T, int W> struct Head {
   }
 };
 
-// Call f.template operator()<W>() with registers that suit the number of keys.
+// Call f(Size<W>) with registers of W numbers that suit the number of keys.
 template <class T, class F> void with_lanes(int keys, const F& f) {
   constexpr int most = kLane<T>, few = most < 4 ? most : 4, some = most < 8 ? most : 8;
   if (keys <= few) return f(Size<few>{});
@@ -224,11 +218,12 @@ template <class T> NBS_SHARED int visible(const Call<T>& c, int t) {
 template <class T> struct Lane {
   static constexpr int W = kLane<T>, kTogether = 8;
   typedef V<T, W> L;
-  int d, time, keys, sequences;
+  int d, keys, sequences;
   std::vector<T> room;
   L *k, *v, *dk, *dv, *p, *dp, *q, *g, *out;
 
-  Lane(int d, int time, int keys) : d(d), time(time), keys(keys), room((int64_t(4 * keys + 3) * d + 2 * keys + 1) * W) {
+  Lane(int d, int keys, int sequences)
+      : d(d), keys(keys), sequences(sequences), room((int64_t(4 * keys + 3) * d + 2 * keys + 1) * W) {
     L* next = reinterpret_cast<L*>((reinterpret_cast<uintptr_t>(room.data()) + sizeof(L) - 1) / sizeof(L) * sizeof(L));
     for (L** part : {&k, &v, &dk, &dv}) *part = next, next += keys * d;
     for (L** part : {&p, &dp}) *part = next, next += keys;
@@ -334,8 +329,7 @@ template <class T> void attend(const Call<T>& c, const Kept<T>& kept, int b, int
   const T *q = kept.qkv + b * q_apart + at, *k = kept.kv + b * k_apart + at;
   T* to = kept.read + b * apart + at;
   if (c.together()) {
-    Lane<T> lane(d, c.time, c.keys());
-    lane.sequences = sequences;
+    Lane<T> lane(d, c.keys(), sequences);
     lane.read(k, k + c.d, kept.kv_row, k_apart);
     for (int t = 0; t < c.time; t++)
       lane.answer(to + t * c.d, apart, q + t * kept.q_row, q_apart, c.scale, visible(c, t));
@@ -357,8 +351,7 @@ void attend_backward(const Call<T>& c, const Kept<T>& kept, T* dq, T* dkv, const
   const T *q = kept.qkv + b * q_apart + at, *k = kept.kv + b * k_apart + at, *g = grad + b * apart + at;
   dq += b * q_apart + at, dkv += b * k_apart + at;
   if (c.together()) {
-    Lane<T> lane(d, c.time, c.keys());
-    lane.sequences = sequences;
+    Lane<T> lane(d, c.keys(), sequences);
     lane.read(k, k + c.d, kept.kv_row, k_apart);
     for (int t = 0; t < c.time; t++)
       lane.backward(dq + t * kept.q_row, q + t * kept.q_row, q_apart, g + t * c.d, apart, c.scale, visible(c, t));
